@@ -153,8 +153,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             checkpoint["matching_heuristics"] = True
         if query:
             raise ConfigError(
-                f"MODEL.WEIGHTS {filename}: unknown {', '.join(query)} after the '?'; only "
-                "matching_heuristics=True is supported"
+                f"MODEL.WEIGHTS {filename}: unknown option {', '.join(query)} after the '?'; "
+                "only matching_heuristics=True is supported"
             )
         return checkpoint
 
@@ -281,7 +281,7 @@ def export_safetensors(
     if named and class_names and named != list(class_names):
         raise ConfigError(
             f"{checkpoint} already names its classes ({listed(named)}); export it without "
-            "giving other names"
+            "specifying other names"
         )
     if content.get("matching_heuristics"):
         raise ConfigError(
@@ -294,7 +294,7 @@ def export_safetensors(
         if len(tensors[name]) != len(names) + 1:  # one more for background
             raise ConfigError(
                 f"{checkpoint}: {name} has rows for {len(tensors[name]) - 1} classes, but "
-                f"{len(names)} are named"
+                f"the number of class names is {len(names)}"
             )
     if half:
         tensors = {name: _half(checkpoint, name, weight) for name, weight in tensors.items()}

@@ -33,7 +33,9 @@ def match_classes(
     *,
     resuming: bool = False,
 ) -> Sequence[str] | None:
-    """Moves each class's rows to the model's rows for the same name, if both sides have names.
+    """Moves the rows of each class to where the model has the class of the same name.
+
+    Does this only if the class names of the weights and of the model are known.
 
     Classes that the weights lack keep their initial rows; the log lists these classes.
 
@@ -71,8 +73,8 @@ def match_classes(
         return found
     if match.new and policy.whole and policy.strict:
         raise ConfigError(
-            f"{source} was not trained on all classes of the data set ({match}); evaluate on its "
-            f"own classes, or {LENIENT}"
+            f"{source} was not trained on all classes of the data set ({match}); evaluate on a "
+            f"data set with the file's classes, or {LENIENT}"
         )
     if not _has_known_rows(model):
         if policy.keeps_classes or (policy.whole and len(found) == len(own)):
@@ -89,10 +91,10 @@ def match_classes(
             sizes = (len(found), len(own), num_background)
             weights[name] = _moved(weights[name], state[name], moved_from, moved_to, sizes)
     logger.info(
-        "%s: classes are matched by name; %s, whose rows are %s; %s",
+        "%s: classes are matched by name; %s (rows %s); %s",
         source,
         f"found: {listed([own[row] for row in moved_to])}",
-        "in place" if moved_from == moved_to else "moved",
+        "kept" if moved_from == moved_to else "moved",
         match,
     )
     return own
@@ -163,8 +165,8 @@ def _moved(
 def class_tensors(model: torch.nn.Module) -> dict[str, int]:
     """Returns the names of tensors with rows per class and their numbers of background rows.
 
-    Rows are grouped by class, in the order of the classes; background rows come last. Included are
-    layers of box predictors, mask heads and mask scoring unless they are class-agnostic.
+    Rows are grouped by class, in the order of the classes; background rows come last. The layers of
+    box predictors, mask heads and mask scoring are included unless they are class-agnostic.
     """
     modules = list(model.named_modules())
     boxes = [(name, x) for name, x in modules if isinstance(x, FastRCNNOutputLayers)]

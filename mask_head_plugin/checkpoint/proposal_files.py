@@ -68,7 +68,7 @@ def _check_proposals(content: dict[str, Any]) -> None:
     lengths = [len(x) if isinstance(x, list | np.ndarray) else None for x in (ids, boxes, scores)]
     if len(set(lengths)) > 1 or None in lengths:
         raise pickle.UnpicklingError(
-            f"ids, boxes and objectness_logits have lengths {lengths}; make them equal"
+            f"ids, boxes and objectness_logits have lengths {lengths}, which must be equal"
         )
     for image_id, box, score in zip(ids, boxes, scores, strict=True):
         shapes = [getattr(x, "shape", None) for x in (box, score)]
@@ -76,7 +76,7 @@ def _check_proposals(content: dict[str, Any]) -> None:
         if shapes != [(num_boxes, 4), (num_boxes,)]:
             raise pickle.UnpicklingError(
                 f"image {reprlib.repr(image_id)}: boxes and objectness_logits have shapes "
-                f"{shapes[0]} and {shapes[1]}; make them (R, 4) and (R,)"
+                f"{shapes[0]} and {shapes[1]}, but must have (R, 4) and (R,)"
             )
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     if mode not in list(BoxMode):

@@ -58,7 +58,7 @@ def _iteration(stem: str) -> int:
 
 
 def newest_intact(folder: Path) -> Path:
-    """Returns the first intact file of checkpoint_files; logs the damage of those before it.
+    """Returns the first intact file of checkpoint_files; logs the damage of the files before it.
 
     Raises:
         ConfigError: if no checkpoint is intact; names each with its damage.
@@ -68,7 +68,11 @@ def newest_intact(folder: Path) -> Path:
         damage = find_damage(path)
         if not damage:
             if damages:
-                logger.warning("resuming from the older %s: %s", path, "; ".join(damages))
+                logger.warning(
+                    "resuming from the older checkpoint %s, because a newer one is damaged: %s",
+                    path,
+                    "; ".join(damages),
+                )
             return path
         damages.append(f"{path.name} {damage}")
     raise ConfigError(
@@ -128,7 +132,7 @@ def set_aside_earlier_run(folder: Path) -> None:
         shutil.copy2(metrics, aside)  # not moved, because the writer has it open and empties it
     logger.warning(
         "%s contains an earlier run, but this run starts from the beginning (--resume would "
-        "continue the earlier one): its checkpoints and metrics are now in %s",
+        "continue the earlier one). The earlier checkpoints and metrics are now in %s",
         folder,
         aside,
     )

@@ -25,8 +25,8 @@ ADVICE = f"use weights trained with this config, or {LENIENT}"
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
-"""Prefixes of the parameters that ImageNet weights provide; the first that a model has is used.
-Other parameters in ``backbone.``, such as the pyramid's convolutions, are new.
+"""Prefixes of the parameters that ImageNet weights provide; the first one that occurs in a model is
+used. Other parameters in ``backbone.``, such as the pyramid's convolutions, are new.
 """
 _RES5 = "roi_heads.res5."
 _MADE_ANEW = ("pixel_mean", "pixel_std", "num_batches_tracked")
@@ -207,14 +207,14 @@ def refuse_or_tell(
         named: whether the file names its classes.
 
     Raises:
-        ConfigError: if the weights do not fit, unless the policy is not strict and no run is
-            resumed. Lists missing, unexpected and wrong-shape names by module.
+        ConfigError: if nothing fits, or if the weights do not fit and either the policy is strict
+            or a run is resumed. Lists missing, unexpected and wrong-shape names by module.
     """
     if not fit.fitting:
         raise ConfigError(
-            f"{source}: nothing in it fits the model; {fit}; use weights of this config. If the "
-            f"names are endings of the model's, such as res2.0.conv1.weight of a backbone, append "
-            "?matching_heuristics=True to the file name"
+            f"{source}: nothing in it fits the model; {fit}; use weights trained with this config. "
+            "If the names are endings of the model's, such as res2.0.conv1.weight of a backbone, "
+            "append ?matching_heuristics=True to the file name"
         )
     whole = resuming or policy.whole or _is_detector(fit)
     if whole:
@@ -249,7 +249,7 @@ def refuse_or_tell(
         return
     elif fit.wrong_shape and set(fit.wrong_shape) <= set(class_layers):
         nameless = (
-            "the file does not name its classes (add them with export_weights.py --classes-of)"
+            "the file does not name its classes (add the names with export_weights.py --classes-of)"
         )
         if named:
             nameless = (
@@ -257,7 +257,7 @@ def refuse_or_tell(
             )
         advice = f"these rows belong to other classes, and {nameless}; {policy.advice}"
         if policy.keeps_classes:
-            advice = "set MODEL.ROI_HEADS.NUM_CLASSES to the number of its classes"
+            advice = "set MODEL.ROI_HEADS.NUM_CLASSES to the number of classes in the file"
     else:
         advice = policy.advice
     raise ConfigError(f"{source} does not fit the model: {told}; {advice}")
@@ -305,8 +305,8 @@ def matched_by_ends(
         )
     except (ValueError, AssertionError, IndexError) as error:
         raise ConfigError(
-            f"{source}: its names cannot be matched with the model's ({error}); use weights of "
-            "this config, or of its backbone alone"
+            f"{source}: its names cannot be matched with the model's ({error}); use weights "
+            "trained with this config, or weights of its backbone"
         ) from error
     return matched
 

@@ -34,8 +34,9 @@ def check_config(
 ) -> None:
     """Checks the names, numbers and files of a config without creating any file or folder.
 
-    A value that the plugin reads must be one that it supports. A value that detectron2 reads is
-    refused only if detectron2 refuses it, so everything that users have registered is accepted.
+    Values that the plugin reads must be among those that the plugin supports. Values that
+    detectron2 reads are refused only if detectron2 refuses them, so everything that users have
+    registered is accepted.
 
     Args:
         cfg: a complete config.
@@ -50,7 +51,7 @@ def check_config(
     """
     check_values(cfg)
     if train and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty: give a --config-file, or name a data set")
+        raise ConfigError("DATASETS.TRAIN is empty: pass a --config-file, or list a data set")
     check_host_values(cfg, train=train, trainer=trainer)
     check_mask_branch(cfg)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 allows options after a ?
@@ -84,7 +85,8 @@ def _warn_of_frozen_random_weights(cfg: CfgNode) -> None:
     if not cfg.MODEL.WEIGHTS and not is_pretrained and frozen > 0:
         logger.warning(
             "MODEL.WEIGHTS is empty, so MODEL.BACKBONE.FREEZE_AT %d keeps the first stages at "
-            "random values; set it to 0, and MODEL.RESNETS.NORM to a trainable norm such as GN",
+            "random values; set FREEZE_AT to 0, and MODEL.RESNETS.NORM to a trainable norm such as "
+            "GN",
             frozen,
         )
 
@@ -97,12 +99,12 @@ def _check_device(cfg: CfgNode, train: bool) -> None:
             f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is not a device such as cpu or cuda"
         ) from error
     if train and cfg.SOLVER.AMP.ENABLED and device.type != "cuda":
-        raise ConfigError("SOLVER.AMP.ENABLED needs a CUDA device; set it to False")
+        raise ConfigError("SOLVER.AMP.ENABLED True needs a CUDA device; set it to False")
 
 
 def _check_output_folder(name: str) -> None:
     """Refuses a folder that cannot be created or written to."""
-    told = f"OUTPUT_DIR {name!r} cannot be written"
+    told = f"OUTPUT_DIR {name!r} cannot be used"
     if "://" in name:
         raise ConfigError(
             f"{told}: it is an address; use a local folder, and copy its files afterwards"
@@ -121,7 +123,10 @@ def _check_output_folder(name: str) -> None:
 
 
 def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:
-    """Returns the deepest existing part of a path, which may be a dangling link, and the rest."""
+    """Splits a path into its deepest existing part and the names of the missing parts.
+
+    The existing part may be a dangling link. The missing names are in reverse order.
+    """
     missing: list[str] = []
     while True:
         try:

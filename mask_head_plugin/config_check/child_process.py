@@ -32,8 +32,8 @@ def call_in_child(call: Callable[[], T]) -> T:
 
     The copy is made with fork(), like the workers of a data loader. It therefore starts quickly and
     has everything that is registered in this process, but it cannot use CUDA. Where fork() is
-    unreliable (macOS, Windows) or fails, the call is made in this process. Afterwards, only the
-    random generators of Python, NumPy and PyTorch are restored.
+    unreliable (macOS, Windows) or fails, the call is made in this process. In that case, only the
+    random generators of Python, NumPy and PyTorch are restored afterwards.
 
     Args:
         call: a function whose result can be pickled and that does not raise errors.

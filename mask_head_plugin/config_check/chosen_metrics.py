@@ -1,4 +1,4 @@
-"""Checks that evaluations will compute the metrics on which a run bases its choices.
+"""Checks that evaluations will compute the metrics on which a run bases decisions.
 
 SOLVER.CHECKPOINT_BEST_METRIC selects the best weights, and SOLVER.EARLY_STOPPING.METRIC decides
 when the run ends.
@@ -39,14 +39,14 @@ def check_chosen_metrics(cfg: CfgNode) -> None:
     if stopping.METRIC and earliest >= cfg.SOLVER.MAX_ITER:
         raise ConfigError(
             f"{STOPPING} {stopping.METRIC!r} can never end this run: with PATIENCE "
-            f"{stopping.PATIENCE} and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}, it acts after "
-            f"iteration {earliest} at the earliest, but SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; "
-            "lower PATIENCE or EVAL_PERIOD, or remove the metric"
+            f"{stopping.PATIENCE} and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}, it could "
+            f"act only after iteration {earliest}, which is not before SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}; lower PATIENCE or EVAL_PERIOD, or remove the metric"
         )
 
 
 def chosen_metrics(cfg: CfgNode) -> dict[str, str]:
-    """Returns the metrics that the config sets, by key."""
+    """Returns the metrics that the config names, by config key."""
     solver = cfg.SOLVER
     named = {BEST: solver.CHECKPOINT_BEST_METRIC, STOPPING: solver.EARLY_STOPPING.METRIC}
     return {key: metric for key, metric in named.items() if metric}
@@ -89,9 +89,9 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         )
     if not 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER:
         raise ConfigError(
-            f"{key} {metric!r} needs several evaluations to choose from, but TEST.EVAL_PERIOD "
-            f"{cfg.TEST.EVAL_PERIOD} gives only one, after iteration {cfg.SOLVER.MAX_ITER}; set it "
-            f"to e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or remove the metric"
+            f"{key} {metric!r} needs several evaluations, but TEST.EVAL_PERIOD "
+            f"{cfg.TEST.EVAL_PERIOD} leads to only one, after iteration {cfg.SOLVER.MAX_ITER}; set "
+            f"it to e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or remove the metric"
         )
     name, own = of_dataset(names, metric)
     if not name:
@@ -103,7 +103,9 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         )
     task, _, loss = own.partition("/")
     if task == VALIDATION and not cfg.TEST.EVAL_LOSS:
-        raise ConfigError(f"{key} {metric!r} is a loss, which needs TEST.EVAL_LOSS True")
+        raise ConfigError(
+            f"{key} {metric!r} is a loss, which is computed only with TEST.EVAL_LOSS True"
+        )
     if own == TOTAL_LOSS or own.startswith("loss_"):
         full = metric.removesuffix(own) + f"{VALIDATION}/{own}"
         needed = "" if cfg.TEST.EVAL_LOSS else " (with TEST.EVAL_LOSS True)"

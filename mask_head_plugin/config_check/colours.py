@@ -1,4 +1,4 @@
-"""Checks that INPUT.FORMAT has the same colour order as pixel means and pretrained weights."""
+"""Checks that pixel means and pretrained weights have the colour order of INPUT.FORMAT."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IMAGENET_BGR = {
 """Statistics of ImageNet's channels with tolerances that cover Caffe's and torchvision's values."""
 
 NEAR = 2.0
-"""Largest accepted difference from a model's means and deviations, which authors may round, for
-example from 0.498 to 0.5.
+"""Largest accepted difference from a model's means and standard deviations. Authors may round them,
+for example from 0.498 to 0.5.
 """
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
@@ -32,7 +32,7 @@ ORDER_BY_AUTHOR = {"torchvision": "RGB", "Caffe2": "BGR", "pycls": "BGR"}
 
 
 def wrong_colours(cfg: CfgNode) -> str | None:
-    """Describes a fault of the colours and how to fix it; returns None if there is no fault.
+    """Describes what is wrong with the colour settings, and the fix; returns None if all is well.
 
     Args:
         cfg: a config whose PIXEL_MEAN and PIXEL_STD have one entry per channel of INPUT.FORMAT.
@@ -52,8 +52,8 @@ def wrong_colours(cfg: CfgNode) -> str | None:
         reverse = bgr[::-1] if order == "BGR" else bgr
         if all(abs(x - y) <= tolerance for x, y in zip(model[key], reverse, strict=True)):
             return (
-                f"INPUT.FORMAT is {order}, but MODEL.{key} {model[key]} is in the order "
-                f"{order[::-1]}; reverse it to {model[key][::-1]}"
+                f"INPUT.FORMAT is {order}, but MODEL.{key} {model[key]} is in "
+                f"{order[::-1]} order; reverse it to {model[key][::-1]}"
             )
     trained = "RGB" if any(part in model.WEIGHTS for part in RGB_IN_ZOO) else "BGR"
     if model.WEIGHTS.startswith(ZOO) and trained != order:
@@ -65,7 +65,7 @@ def wrong_colours(cfg: CfgNode) -> str | None:
 
 
 def _wrong_for_timm(cfg: CfgNode) -> str | None:
-    """Describes how the config contradicts a timm model's pretrained weights, with right values."""
+    """Describes how the config contradicts a timm model's pretrained weights, if it does."""
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if not (has_timm_backbone(cfg) and (model.TIMM.CHECKPOINT or model.TIMM.PRETRAINED)):
         return None
@@ -76,8 +76,8 @@ def _wrong_for_timm(cfg: CfgNode) -> str | None:
         return None
     told = ", ".join(f"{key} {value}" for key, value in given.items())
     return (
-        f"{told}, but MODEL.TIMM.NAME {model.TIMM.NAME} was trained with other values; set "
-        f"INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to {mean} and MODEL.PIXEL_STD to {std}"
+        f"the config has {told}, but MODEL.TIMM.NAME {model.TIMM.NAME} was trained with other "
+        f"values; set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to {mean} and MODEL.PIXEL_STD to {std}"
     )
 
 
@@ -96,8 +96,8 @@ def warn_of_colours(input_format: str, author: str, source: str) -> None:
     trained = ORDER_BY_AUTHOR.get(author, input_format)
     if input_format in ("BGR", "RGB") and trained != input_format:
         logger.warning(
-            "%s comes from %s and was trained on %s, but INPUT.FORMAT is %s; change it, and put "
-            "PIXEL_MEAN and PIXEL_STD in the same order",
+            "%s comes from %s and was trained on %s, but INPUT.FORMAT is %s; change the latter, "
+            "and put PIXEL_MEAN and PIXEL_STD in the same order",
             source,
             author,
             trained,

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks detectron2's two-stage detectors; skips parts that do not derive from its classes.
+    """Checks two-stage detectors; skips parts whose classes do not derive from detectron2's.
 
     Args:
         cfg: a config that has passed check_host_values.
@@ -78,11 +78,11 @@ def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
 
 def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec] | None) -> None:
     if not names:
-        known = f"; the backbone has {list(maps)}" if maps else ""
+        known = f"; the backbone has the maps {list(maps)}" if maps else ""
         raise ConfigError(f"{key} is empty{known}")
     for name in names:
         if maps is not None and name not in maps:
-            raise ConfigError(f"{key}: the backbone has {list(maps)}, not {name!r}")
+            raise ConfigError(f"{key}: the backbone has the maps {list(maps)}, not {name!r}")
 
 
 def _check_anchors(cfg: CfgNode) -> None:
@@ -92,9 +92,9 @@ def _check_anchors(cfg: CfgNode) -> None:
         nested = given if given and isinstance(given[0], list | tuple) else [given]
         if len(nested) not in (1, num_maps):
             raise ConfigError(
-                f"MODEL.ANCHOR_GENERATOR.{key} has {len(nested)} lists for {num_maps} maps, "
-                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one list for each map, "
-                "or one for all maps"
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(nested)} lists, but "
+                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES} has length {num_maps}; use one "
+                "list per map, or a single list for all maps"
             )
         if not all(x and all(_is_positive(value) for value in x) for x in nested):
             raise ConfigError(
@@ -122,8 +122,8 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: give one more label than IOU_THRESHOLDS has "
-            f"numbers, each 0 (background), -1 (ignored) or 1 (object)"
+            f"{section}.IOU_LABELS {labels} must have {num_thresholds + 1} entries, each 0 "
+            f"(background), -1 (ignored) or 1 (object)"
         )
 
 
@@ -134,14 +134,15 @@ def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
     if precomputed != loads and (precomputed or generator in (RPN, RRPN)):
         raise ConfigError(
             "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals must "
-            f"be set together; now they are {loads} and {name}"
+            f"be set together, but they are {loads} and {name}"
         )
     for split in ("TRAIN", "TEST") if train else ("TEST",):
         files, names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], cfg.DATASETS[split]
         if loads and len(files) != len(names):
             raise ConfigError(
-                f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files for the {len(names)} data "
-                f"sets of DATASETS.{split}; MODEL.LOAD_PROPOSALS needs one for each"
+                f"MODEL.LOAD_PROPOSALS True needs one proposal file per data set, but the length "
+                f"of DATASETS.PROPOSAL_FILES_{split} is {len(files)}, and that of DATASETS.{split} "
+                f"is {len(names)}"
             )
         for path in files if loads else ():
             if "://" not in path and not Path(path).is_file():
@@ -153,20 +154,21 @@ def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec] | None) -
     if issubclass(heads, Res5ROIHeads):
         if len(names) != 1:
             raise ConfigError(
-                f"MODEL.ROI_HEADS.NAME {heads.__name__} takes one map, such as that of ResNet-C4, "
-                f"but "
-                f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with an FPN, use "
+                f"MODEL.ROI_HEADS.NAME {heads.__name__} needs a single map, such as that of a "
+                f"ResNet-C4, but MODEL.ROI_HEADS.IN_FEATURES lists {len(names)}; with an FPN, use "
                 "PerClassMaskROIHeads"
             )
         return
     strides = [maps[name].stride for name in names] if maps else []
     if any(b != 2 * a for a, b in itertools.pairwise(strides)):
         raise ConfigError(
-            f"MODEL.ROI_HEADS.IN_FEATURES {names} have strides {strides}; each must be twice the "
-            "one before"
+            f"MODEL.ROI_HEADS.IN_FEATURES {names} have strides {strides}; each stride must be "
+            "twice the previous one"
         )
     if box.NAME == "FastRCNNConvFCHead" and box.NUM_FC + box.NUM_CONV < 1:
-        raise ConfigError("MODEL.ROI_BOX_HEAD has no layers: set its NUM_FC or NUM_CONV")
+        raise ConfigError(
+            "MODEL.ROI_BOX_HEAD has no layers: set its NUM_FC or NUM_CONV to at least 1"
+        )
     if issubclass(heads, CascadeROIHeads) and not box.CLS_AGNOSTIC_BBOX_REG:
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME {heads.__name__} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG "
@@ -179,7 +181,7 @@ def _check_box_weights(section: str, node: CfgNode) -> None:
     weights = node.BBOX_REG_WEIGHTS
     if len(weights) != 4 or not all(_is_positive(x) for x in weights):
         raise ConfigError(
-            f"{section}.BBOX_REG_WEIGHTS {weights} must be four numbers above 0: x, y, w, h"
+            f"{section}.BBOX_REG_WEIGHTS {weights} must be four numbers above 0, for x, y, w and h"
         )
 
 
@@ -196,5 +198,5 @@ def _check_keypoints(cfg: CfgNode, heads: type, *, train: bool) -> None:
         if name in own or (known and not MetadataCatalog.get(name).get("keypoint_names")):
             raise ConfigError(
                 f"MODEL.KEYPOINT_ON is True, but data set {name!r} of DATASETS.TRAIN has no "
-                "keypoints; set it to False"
+                "keypoints; set MODEL.KEYPOINT_ON to False"
             )

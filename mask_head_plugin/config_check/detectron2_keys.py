@@ -1,7 +1,7 @@
 """Checks values that detectron2 reads, by building parts of the run with the installed version.
 
-Values that are registered or listed here are accepted without a trial. Any other value is tried
-(see dry_build), so that a value which only a newer detectron2 supports is accepted as well.
+Values that are registered or listed here are accepted without being tried. Any other value is
+tried (see dry_build), so that values that only a newer detectron2 supports are accepted as well.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def registered_class(registry: Registry, name: str) -> type:
 
 
 def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer]) -> None:
-    """Refuses values that detectron2 refuses, and warns about others that look misspelled.
+    """Refuses values that detectron2 refuses, and warns about other values that look misspelled.
 
     Args:
         cfg: a complete config.
@@ -118,7 +118,7 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
             ended = [error for error in refusals if error not in others]
             if ended:
                 raise ConfigError(f"{told} ({ended[0]})")
-        if not readers or any(part.error for part in readers):  # was not tried, or is read later
+        if not readers or any(part.error for part in readers):  # not tried, or not read yet
             logger.warning("%s", told)
 
 

@@ -59,11 +59,11 @@ class DryPart(NamedTuple):
 
     Attributes:
         keys_read: full names of the keys that the part read.
-        error: the error that stopped the part, in one line without memory addresses; None if it
-            was built.
-        is_refusal: whether detectron2 or this package raised the error deliberately. Otherwise it
-            came from a user's module, or from a module that needs values, which "meta" tensors
-            lack.
+        error: the error that stopped the build, on one line without memory addresses; None if the
+            part was built.
+        is_refusal: whether detectron2 or this package raised the error deliberately. Other errors
+            come from a user's module, or from a module that needs the values of tensors, which
+            "meta" tensors lack.
     """
 
     keys_read: frozenset[str]
@@ -79,8 +79,8 @@ def dry_build(
     Args:
         cfg: a complete config; it is not changed.
         train: whether the model will be trained.
-        trainer: provides optimizer and schedule. If it has a custom ``build_train_loader``, the
-            loader is not built, because that would read the data.
+        trainer: class that provides optimizer and schedule. If it has a custom
+            ``build_train_loader``, the loader is not built, because that would read the data.
     """
     try:
         return call_in_child(partial(build_parts, cfg, train=train, trainer=trainer))

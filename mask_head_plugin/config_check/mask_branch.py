@@ -38,7 +38,7 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
     if not kind and head == "ROI_MASK_HEAD" and issubclass(_mask_head(cfg), ClassSelection):
         raise ConfigError(f"MODEL.{head}.POOLER_TYPE '' is not one of {POOLER_TYPES}")
     if kind not in POOLER_TYPES and reduction != "mean":
-        raise ConfigError(f"MODEL.{head}: {kind} is detectron2's and has no POOLER_REDUCTION")
+        raise ConfigError(f"MODEL.{head}: {kind} comes from detectron2 and has no POOLER_REDUCTION")
     try:
         check_pooler(kind if kind in POOLER_TYPES else "ROIAlignV2", reduction)
     except ValueError as error:
@@ -49,7 +49,7 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
         raise ConfigError(
             f"MODEL.{head}: {kind} with {reduction} needs MODEL.ROI_HEADS.NAME "
             "PerClassMaskROIHeads or PerClassMaskRes5ROIHeads; "
-            f"{heads.__name__} has detectron2's pooler"
+            f"{heads.__name__} uses detectron2's pooler"
         )
     if issubclass(heads, Res5ROIHeads) and head == "ROI_MASK_HEAD":
         box = cfg.MODEL.ROI_BOX_HEAD

@@ -53,15 +53,15 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
         )
     if not 0 <= solver.EMA_DECAY < 1:
         raise ConfigError(
-            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}; it must be below 1, e.g. 0.999, or 0 for no "
-            "average"
+            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}; it must be below 1, e.g. 0.999, or 0 to "
+            "disable the average"
         )
     _check_lr_factors(solver.LR_FACTORS)
     _check_parts(cfg, num_processes)
 
 
 def check_rates(cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
-    """Builds the optimizer to check that learning rates by module or layer fit the model.
+    """Builds the optimizer to check that learning rates per module or layer fit the model.
 
     Raises:
         ConfigError: if they do not fit, with the message of the trainer's build_optimizer.
@@ -93,7 +93,7 @@ def _check_lr_factors(factors: list[Any]) -> None:
     names = [entry[0] for entry in factors]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ConfigError(f"SOLVER.LR_FACTORS has {twice!r} twice; remove one")
+        raise ConfigError(f"SOLVER.LR_FACTORS lists {twice!r} twice; remove one of the entries")
 
 
 def _check_parts(cfg: CfgNode, num_processes: int) -> None:
@@ -102,8 +102,8 @@ def _check_parts(cfg: CfgNode, num_processes: int) -> None:
     if parts < 1 or own % parts:
         raise ConfigError(
             f"SOLVER.ACCUMULATE_STEPS {parts}: each process gets {own} images per iteration "
-            f"(SOLVER.IMS_PER_BATCH {images}), which cannot be divided into that many parts; set "
-            f"it to {_nearest_divisor(own, parts)}"
+            f"(SOLVER.IMS_PER_BATCH {images}), which cannot be divided into that many equal "
+            f"parts; set it to {_nearest_divisor(own, parts)}"
         )
 
 

@@ -38,7 +38,8 @@ def check_timm(cfg: CfgNode) -> None:
     if model.WEIGHTS.startswith(BACKBONES_ALONE):
         raise ConfigError(
             f"MODEL.WEIGHTS {model.WEIGHTS} belongs to a backbone of detectron2, not to "
-            f"MODEL.TIMM.NAME {keys.NAME}; set it to '' and use MODEL.TIMM.CHECKPOINT or PRETRAINED"
+            f"MODEL.TIMM.NAME {keys.NAME}; set MODEL.WEIGHTS to '' and use MODEL.TIMM.CHECKPOINT "
+            "or PRETRAINED"
         )
     if keys.CHECKPOINT and not model.WEIGHTS:
         check_backbone_file(Path(keys.CHECKPOINT).expanduser(), keys.NAME)

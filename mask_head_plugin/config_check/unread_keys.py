@@ -49,7 +49,7 @@ FOR_TIMM = {
 }
 """What to set instead if the backbone is a timm model."""
 
-NOTHING = "nothing in this config reads it"
+NOTHING = "no part of this run reads it"
 
 HEAD, BOX = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_BOX_HEAD."
 
@@ -170,7 +170,7 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
 
 
 def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
-    """Returns the keys set in a config file, without its ``_BASE_``, and in later layers.
+    """Returns the keys set in later layers and in a config file, excluding its ``_BASE_``.
 
     A layer that chooses another backbone discards the backbone keys of earlier layers.
 

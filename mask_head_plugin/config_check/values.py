@@ -1,6 +1,7 @@
 """Checks that single keys are in range and that solver, input and test keys are consistent.
 
-Covers only values that would otherwise fail late, fail without naming the key, or have no effect.
+Covers only values that would otherwise cause a late error, cause an error that does not name the
+key, or have no effect.
 """
 
 from __future__ import annotations
@@ -105,14 +106,14 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     if per_run and images % per_run:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {images} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{per_run}, the number of processes it is meant for; change one of them, or set the "
-            "latter to 0"
+            f"{per_run}, the number of processes that it is meant for; change one of the two keys, "
+            "or set the latter to 0"
         )
     if not per_run and images % num_processes:
         near = max(images // num_processes, 1) * num_processes
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {images} counts the images of all processes and is not "
-            f"divisible by {num_processes}; set it to {near}"
+            f"SOLVER.IMS_PER_BATCH {images}, the number of images for all processes, is not "
+            f"divisible by the number of processes ({num_processes}); set it to {near}"
         )
     loader = cfg.DATALOADER
     if loader.NUM_WORKERS > MOST_WORKERS:
@@ -121,7 +122,7 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
         )
     if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and not loader.REPEAT_THRESHOLD > 0:
         raise ConfigError(
-            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats nothing with "
+            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats no images with "
             f"DATALOADER.REPEAT_THRESHOLD {loader.REPEAT_THRESHOLD}; set it to e.g. 0.001"
         )
 
@@ -184,7 +185,7 @@ def _check_jitter(given: CfgNode) -> None:
 
 
 def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
-    """Checks now what inference and evaluation need, because they may start only days later."""
+    """Checks the settings of inference and evaluation, which may start days after training does."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")
@@ -208,7 +209,9 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
         raise ConfigError("TEST.AUG.ENABLED needs TEST.AUG.MIN_SIZES, e.g. (400, 800)")
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
-            raise ConfigError(f"TEST.AUG.ENABLED does not work with MODEL.{key}; turn one off")
+            raise ConfigError(
+                f"TEST.AUG.ENABLED does not work with MODEL.{key}; turn one of them off"
+            )
 
 
 def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) -> bool:

@@ -45,7 +45,7 @@ def check_copy_paste(cfg: CfgNode) -> None:
         )
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
-            raise ConfigError(f"{told} does not work with MODEL.{key}; turn one off")
+            raise ConfigError(f"{told} does not work with MODEL.{key}; turn one of them off")
 
 
 class CopyPasteMapper:

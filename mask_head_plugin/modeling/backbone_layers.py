@@ -60,7 +60,7 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
         kind = type(whole or getattr(model, "backbone", model)).__name__
         raise ConfigError(
             "SOLVER.LAYER_DECAY supports detectron2's ResNets and RegNets, and timm's models with "
-            f"a group_matcher, but not the backbone {kind}; set it to 1.0, or use "
+            f"a group_matcher, but not the backbone {kind}; set LAYER_DECAY to 1.0, or use "
             "SOLVER.LR_FACTORS, which supports any module"
         )
     from timm.models import group_parameters

@@ -17,7 +17,7 @@ def is_captured() -> bool:
 
     A recording can contain only tensors and the operators of PyTorch and torchvision and, in an
     export on CUDA, this package's RoI pooling operator. It must also be correct if the number of
-    boxes differs from the example input.
+    boxes differs from that of the example input.
     """
     # The oldest supported PyTorch has no torch.compiler.is_exporting.
     is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)

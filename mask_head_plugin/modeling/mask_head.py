@@ -82,9 +82,9 @@ class ClassSelection(nn.Module):
             raise ValueError(
                 "mask scoring already logs loss_mask_iou: give the mask loss 'iou' another name"
             )
-        # Numbers of pixels since the last log: wrong, foreground and wrong foreground in
-        # _pixel_counts, all in _num_pixels. _storage_id identifies the run in which they were
-        # counted. Checkpoints do not contain these attributes.
+        # Since the last log, _pixel_counts counts wrong pixels, foreground pixels and wrong
+        # foreground pixels, and _num_pixels counts all pixels. _storage_id identifies the run in
+        # which they were counted. Checkpoints do not contain these attributes.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
@@ -131,7 +131,7 @@ class ClassSelection(nn.Module):
         gt_masks = crop_gt_masks(instances, mask_probs)
         # Cropping detectron2's masks returns bool; a user's class may return fractions in [0, 1].
         gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
-        if torch.is_grad_enabled():  # PreciseBN and TEST.EVAL_LOSS do not train, so no statistics
+        if torch.is_grad_enabled():  # no statistics for PreciseBN and TEST.EVAL_LOSS
             self._log(mask_probs, gt_bits)
         iteration = get_event_storage().iter
         losses = weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
@@ -222,7 +222,8 @@ def check_mask_losses(head_cfg: CfgNode) -> None:
     if head_cfg.CLS_AGNOSTIC_MASK and terms[0].activation is not None:
         raise ValueError(
             f"MODEL.ROI_MASK_HEAD.LOSSES: {terms[0].name!r} lets classes compete, but with "
-            f"CLS_AGNOSTIC_MASK True there is only one class; set it to False, or use another loss"
+            f"CLS_AGNOSTIC_MASK True there is only one class; set the latter to False, or use "
+            "another loss"
         )
 
 
@@ -265,8 +266,8 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
                 MODEL.ROI_MASK_HEAD.LOSSES.
             loss_params: parameters of each loss, as in MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
             loss_weight: factor that multiplies all terms.
-            vis_period: number of iterations after which masks and their targets are written to
-                TensorBoard again; 0 writes none.
+            vis_period: number of iterations between two times that masks and their targets are
+                written to TensorBoard; 0 means never.
             iou_head: predicts the IoU of each mask (mask scoring); None disables mask scoring.
             iou_loss_weight: factor of the mask scoring loss, which is the mean squared error of the
                 predicted IoU over the RoIs.

@@ -168,7 +168,7 @@ def focal(
         gamma: 0, or at least 1 (between 0 and 1, the gradient has a pole at q = 1).
         alpha: in [0, 1], or -1 to omit the factor.
     """
-    _check_parameter("gamma", gamma, gamma == 0 or gamma >= 1, "0, or 1 and above")
+    _check_parameter("gamma", gamma, gamma == 0 or gamma >= 1, "0, or at least 1")
     _check_parameter("alpha", alpha, alpha == -1 or 0 <= alpha <= 1, "in [0, 1], or -1")
     pixels = sigmoid_focal_loss(mask_logits, gt_masks, alpha, gamma)
     return mean_over_rois(pixels.flatten(1).mean(1), weights)
@@ -196,7 +196,7 @@ def tversky(
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         _check_parameter(name, value, value >= 0, "0 or above")
-    _check_parameter("alpha and beta", (alpha, beta), alpha + beta > 0, "not both 0")
+    _check_parameter("alpha + beta", alpha + beta, alpha + beta > 0, "above 0")
     _check_parameter("eps", eps, eps > 0, "above 0")
     true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
     errors = alpha * false_positive + beta * false_negative
@@ -277,9 +277,9 @@ def boundary_distance(
     """Mean over the pixels of ``p phi``, where phi is the signed distance to the mask's boundary.
 
     This is the boundary loss of 1812.07032 (equation 5). phi is in pixels and negative inside the
-    mask, so the loss can be negative. On its own, the loss leads to empty masks. Add it to a loss
-    of regions such as dice, with a small weight and a ramp (the third value of an entry in LOSSES).
-    RoIs whose target has no boundary count as 0.
+    mask, so the loss can be negative. On its own, the loss leads to empty masks. Add it to a
+    region loss such as dice, with a small weight and a ramp (the third value of an entry in
+    LOSSES). RoIs whose target has no boundary count as 0.
 
     Args: see binary_cross_entropy.
     """

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 class MaskIoUHead(nn.Module):
     """Predicts the IoU of a mask and its object for each class (section 3.2 and figure 3).
 
-    The mask is max-pooled to the size of the region features and concatenated with them. Next come
-    four 3x3 convolutions, of which the last one has stride 2, and three linear layers.
+    The mask is max-pooled to the size of the region features and concatenated with them. Four 3x3
+    convolutions, the last of which has stride 2, and three linear layers follow.
     """
 
     def __init__(

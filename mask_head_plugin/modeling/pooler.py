@@ -118,7 +118,9 @@ class MultiLevelRoIPooler(nn.Module):
             )
         levels = [-math.log2(scale) for scale in scales]
         if levels != [levels[0] + i for i in range(len(levels))] or not levels[0].is_integer():
-            raise ValueError(f"scales {tuple(scales)} do not halve from one level to the next")
+            raise ValueError(
+                f"scales {tuple(scales)} must be powers of 2, each half of the previous one"
+            )
         height, width = [output_size] * 2 if isinstance(output_size, int) else output_size
         self.output_size = (height, width)
         self.scales = tuple(scales)

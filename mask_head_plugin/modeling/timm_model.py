@@ -175,7 +175,7 @@ def model_settings(name: str) -> Any:
         )
     if not timm.is_model(name):
         nearest = nearest_name(name, timm.list_models())
-        hint = f"did you mean {nearest}?" if nearest else "set it, e.g. to convnext_tiny"
+        hint = f"did you mean {nearest}?" if nearest else "use another name, such as convnext_tiny"
         raise ConfigError(f"MODEL.TIMM.NAME {name!r} is not a model of timm; {hint}")
     try:
         return models.get_pretrained_cfg(name) or models.PretrainedCfg()
@@ -205,5 +205,5 @@ def timm_part(name: str = "") -> Any:
     except ImportError as error:
         raise ConfigError(
             "the backbones of MODEL.TIMM need timm, which is not installed "
-            f"({one_line(error)}): pip install timm, or install this package's extra 'timm'"
+            f"({one_line(error)}): run 'pip install timm', or install this package's extra 'timm'"
         ) from error

@@ -47,7 +47,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
     overlay = {"state_dict": read_backbone(Path(source).expanduser(), model)}
     timm_log = logging.getLogger("timm.models._builder")
     # timm would report the classifier, which the file may include, as unexpected. read_backbone has
-    # already checked all other names.
+    # already checked that no other parameter is missing.
     timm_log.addFilter(_is_not_unexpected)
     try:
         net = model.build(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)

@@ -166,8 +166,8 @@ def scan_pickle(
     - lengths beyond the end of the file,
     - gaps in the numbers of memoized objects, because the memo grows to the largest number,
     - deeply nested containers,
-    - containers that grow inside another one, because the outer size was already counted,
-    - nested tuples that repeat an inner tuple, because hashing such a key visits each repetition,
+    - containers that grow when they are already inside another one, whose size was counted before,
+    - nested tuples that repeat an inner tuple, because hashing them visits every repetition,
     - functions called many times with the same large argument, because each call may copy it.
 
     Args:
@@ -228,8 +228,8 @@ def _number(argument: Any, num_remembered: int) -> int:
     number = num_remembered if argument is None else int(argument)
     if number > num_remembered + _SPARE_NUMBERS:
         raise pickle.UnpicklingError(
-            f"its pickle gives an object the number {number} after only {num_remembered} others; "
-            f"{DISTRUST}"
+            f"its pickle assigns the number {number} to an object after only {num_remembered} "
+            f"others; {DISTRUST}"
         )
     return number
 
@@ -303,7 +303,7 @@ class _Dtype:
     def __init__(self, name: Any, *_flags: Any) -> None:
         if not (isinstance(name, str) and _DTYPE.fullmatch(name)):
             raise pickle.UnpicklingError(
-                f"it has an array of type {name!r}, which is not a type of numbers"
+                f"it has an array of type {name!r}, which is not a numeric type"
             )
         self.dtype = np.dtype(name)
 
@@ -447,7 +447,10 @@ class _Plain:
             result: Any = self._done.setdefault(id(value), {})
             for key, item in value.items():
                 if not isinstance(key, str | int | bytes):
-                    raise pickle.UnpicklingError(f"it has a key of type {type(key).__name__}")
+                    raise pickle.UnpicklingError(
+                        f"it has a dictionary key of type {type(key).__name__}; keys must be text, "
+                        "whole numbers or bytes"
+                    )
                 result[key] = self.of(item)
             return result
         if isinstance(value, list):
@@ -465,7 +468,7 @@ class _Plain:
         self._copied += view.nbytes
         if self._copied > self._size + SPARE_BYTES:
             raise pickle.UnpicklingError(
-                f"its arrays have at least {self._copied} bytes in a file of {self._size}; "
+                f"its arrays have at least {self._copied} bytes in a file of {self._size} bytes; "
                 f"{DISTRUST}"
             )
         return view.astype(view.dtype.newbyteorder("="), order="K")

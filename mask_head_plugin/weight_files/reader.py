@@ -1,8 +1,9 @@
 """Reads weights from untrusted sources without running code or exhausting memory.
 
 Torch files are read with ``weights_only=True``, pickles with plain_pickle, and safetensors files
-with their library. A file whose name ends in ``.safetensors`` is always read as one; otherwise, the
-content determines the format. Pickles of protocol 0 or 1 need the ending ``.pkl``.
+with their library. A file whose name ends in ``.safetensors`` is always read as a safetensors file.
+For other files, the content determines the format. Pickles of protocol 0 or 1 need the ending
+``.pkl``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _NOT_WEIGHTS = (
 
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
-"""Endings of type names that torch allows although they allocate whatever they are told to.
+"""Endings of the names of types that torch allows a pickle to call, although such a call can
+allocate any amount of memory.
 """
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
@@ -71,7 +73,10 @@ _ELEMENT_BYTES = {
     "ComplexDouble": 16,
 }
 """Bytes per element by name of the storage type, without "Storage"."""
-_STORAGE_ID = (5, 6)  # "storage", type, key, device, number of elements; in old files also a view
+_STORAGE_ID = (5, 6)
+"""Possible lengths of the tuple that identifies a storage: "storage", type, key, device, number of
+elements and, in old files, a view.
+"""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -120,18 +125,19 @@ def file_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # arbitrary bytes can cause any error
         detail = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ConfigError(
-            f"{path} was not loaded: it is truncated or corrupt ({detail}); get it again"
+            f"{path} was not loaded: it is truncated or corrupt ({detail}); download or copy it "
+            "again"
         ) from error
 
 
 def check_head(path: Path) -> bytes:
     """Returns the start of a file; refuses files that are often downloaded instead of weights."""
     if path.is_dir():
-        raise pickle.UnpicklingError("it is a folder: name a file in it")
+        raise pickle.UnpicklingError("it is a folder: choose a file in it")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
-        raise pickle.UnpicklingError("it is empty: get it again")
+        raise pickle.UnpicklingError("it is empty: download or copy it again")
     for start, advice in _NOT_WEIGHTS:
         if head.lstrip().startswith(start):
             raise pickle.UnpicklingError(advice)
@@ -185,7 +191,8 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     files = [record.filename.partition("/")[2] for record in records]
     if "constants.pkl" in files:
         raise pickle.UnpicklingError(
-            "it is a TorchScript archive, which is code: save its state_dict()"
+            "it is a TorchScript archive, which contains code: save the model's state_dict() "
+            "instead"
         )
     if "data.pkl" not in files:
         raise pickle.UnpicklingError("it is a zip archive, but not one that torch wrote")
@@ -194,8 +201,8 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     declared = sum(record.file_size for record in records)
     if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
         raise pickle.UnpicklingError(
-            f"its records claim {declared} bytes in a file of {size}, but torch does not compress "
-            f"files; {DISTRUST}"
+            f"its records claim {declared} bytes in a file of {size} bytes, but torch does not "
+            f"compress files; {DISTRUST}"
         )
     sizes = dict(zip(files, (x.file_size for x in records), strict=True))
     file.seek(0)
@@ -223,7 +230,7 @@ def _check_directory(file: BinaryIO, size: int) -> None:
     signatures = end[76:80] == b"PK\5\6" and (not is_zip64 or end[:4] == b"PK\6\6")
     if not signatures or end[-2:] != b"\0\0" or told != start or offset + length != start:
         raise pickle.UnpicklingError(
-            f"its list of records is not where the end of the file says; {DISTRUST}"
+            f"its list of records is not where the end of the file says it is; {DISTRUST}"
         )
 
 
@@ -235,10 +242,11 @@ class _Described:
         name: name of a global, without its module.
         is_dict: whether the object is a dictionary of some kind.
         value: for a number or a short string, the object itself. For a global, its name. For a
-            tuple with as many items as a storage's identity, their values. Otherwise None.
+            tuple that may identify a storage (see _STORAGE_ID), the values of its items. Otherwise
+            None.
         is_odd: whether the hash of the object can be forged.
-        num_odd: number of objects in it whose hash can be forged. For a dictionary, only keys
-            count.
+        num_odd: number of objects inside this object whose hash can be forged. In a dictionary,
+            only the keys count.
     """
 
     name: str = ""
@@ -295,7 +303,7 @@ class _TorchPickle:
         return result
 
     def _count_odd(self, into: _Described, name: str, called: str, taken: Sequence[Seen]) -> None:
-        """Counts objects with unsafe hashes inside another object; refuses too many as keys.
+        """Counts objects with unsafe hashes inside another object; refuses too many such keys.
 
         Keys with equal hashes are compared with each other, which takes time in proportion to their
         size.
@@ -349,12 +357,12 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
     if kind != "storage" or not 0 <= num_bytes <= available:
         raise pickle.UnpicklingError(
             f"its pickle claims {num_bytes} bytes for a storage, but the file has {available}; "
-            "it is truncated or corrupt: get it again"
+            "it is truncated or corrupt: download or copy it again"
         )
 
 
 def _zoo_checkpoint(content: Any) -> Any:
-    """Converts a model zoo's pickle to a checkpoint whose names are to be matched by endings."""
+    """Converts a model zoo's pickle to a checkpoint; its names may need matching by endings."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
     blobs = content.get("blobs", content)  # backbone files have no "blobs"
@@ -378,7 +386,7 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not model:
         raise pickle.UnpicklingError(
-            "it contains no weights: neither named tensors nor a 'model' that contains them"
+            "it contains no weights, neither as named tensors nor under the key 'model'"
         )
     for name, value in model.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):

@@ -155,7 +155,7 @@ def test_a_query_enables_matching_by_name_endings(tmp_path):
         load(model, tmp_path / "timm.pth")
     load(model, f"{tmp_path / 'timm.pth'}?matching_heuristics=True")
     assert differing(model, trunk_of(model)) == []
-    with pytest.raises(ConfigError, match=r"timm\.pth: unknown revision.* after the '\?'"):
+    with pytest.raises(ConfigError, match=r"timm\.pth: unknown option revision.* after the '\?'"):
         load(model, f"{tmp_path / 'timm.pth'}?revision=2")
 
 

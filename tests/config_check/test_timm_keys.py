@@ -37,7 +37,8 @@ def checked(tmp_path, *opts):
         ([*LITE, *IMAGENET], "was trained with other values"),
         (
             [*TIMM, *IMAGENET, "INPUT.FORMAT", "BGR"],
-            r"^INPUT.FORMAT BGR, .*set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to \[123.675, 116.28",
+            r"^the config has INPUT.FORMAT BGR, .*set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to "
+            r"\[123.675, 116.28",
         ),
         ([*TIMM, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "was trained with other values"),
     ],

@@ -16,7 +16,7 @@ from mask_head_plugin.engine import run
 from mask_head_plugin.modeling import build_small_resnet_fpn_backbone
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
-NOTHING = "nothing in this config reads it"
+NOTHING = "no part of this run reads it"
 COSINE = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
 HEAD = "MODEL.ROI_MASK_HEAD."
 

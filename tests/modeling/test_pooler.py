@@ -103,7 +103,7 @@ def test_unknown_options_and_irregular_pyramids_are_refused_by_name():
         MultiLevelRoIPooler(7, SCALES, 0, "ROIAlign", reduction="sum")
     with pytest.raises(ValueError, match="PrROIPool integrates"):
         MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool", reduction="max")
-    with pytest.raises(ValueError, match="do not halve"):
+    with pytest.raises(ValueError, match="must be powers of 2, each half"):
         MultiLevelRoIPooler(7, (1 / 4, 1 / 16), 0, "ROIAlign")
 
 

@@ -49,7 +49,7 @@ def test_files_written_by_timm_are_loaded(form, tmp_path):
         ("args", r"x.pth.tar was not loaded: it refers to argparse.Namespace.*clean_checkpoint.py"),
         ("parts", r"x.pth.tar was not loaded: .*save only its 'state_dict'"),
         ("truncated", r"x.pth.tar was not loaded: .*truncated or corrupt"),
-        ("folder", r"x.pth.tar was not loaded: it is a folder: name a file in it"),
+        ("folder", r"x.pth.tar was not loaded: it is a folder: choose a file in it"),
     ],
 )
 def test_other_files_are_refused_with_advice(form, message, tmp_path):

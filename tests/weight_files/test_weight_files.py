@@ -518,7 +518,7 @@ def test_safetensors_with_wrong_sizes_are_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (b"", "empty: get it again"),
+        (b"", "empty: download or copy it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
         (b"  <html>404</html>", "web page"),
