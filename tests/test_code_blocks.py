@@ -231,9 +231,12 @@ Decimals with a single digit after leading zeros, such as 0.01, do not match.
 
 TWICE = {
     "0.16": "a time, in gpu_kernel; a bound of an interval, in roi_align_sampling",
+    "0.24": "percent of a step, in README; a bound of an interval, in roi_align_sampling",
     "0.25": "an alpha, in compatibility; a difference of IoUs, in roi_align_sampling",
     "0.64": "0.8 times 0.8, in recipes; a bound of an interval, in real_images",
     "0.75": "an IoU, in analysis; a bound of an interval, in roi_align_sampling",
+    "1.21": "a speed, in deploy; a bound of an interval, in roi_align_sampling",
+    "3.89": "an AP, in real_images; a ratio, in roi_align_sampling",
 }
 """Figures that appear on two pages by chance, with their two meanings."""
 
