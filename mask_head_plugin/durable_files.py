@@ -108,6 +108,20 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
             _lock_files.discard(file)
 
 
+def lock_holder(path: Path) -> int | None:
+    """Returns the process that holds the lock of ``locked``; None if nobody does or it is unknown.
+
+    Only Linux tells which process holds a lock.
+    """
+    with contextlib.suppress(OSError):
+        inode = str(path.stat().st_ino)
+        for line in Path("/proc/locks").read_text().splitlines():
+            match line.split():
+                case [_, "FLOCK", _, "WRITE", pid, place, *_] if place.rpartition(":")[2] == inode:
+                    return int(pid)
+    return None
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Holds a lock on a folder, without a lock file.

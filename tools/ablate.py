@@ -20,9 +20,10 @@ Examples:
   List what would run and about how long it would take:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
         --output output/mask_loss --dry-run
-  Two trials at a time on this machine, on the embedded data set, with a shorter schedule for all:
+  Two trials at a time on this machine, on the embedded data set, with a shorter schedule for all
+  (a variant of this file raises the weight of a loss over the first 1000 iterations):
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
-        --output output/mask_loss --jobs 2 SOLVER.MAX_ITER 500
+        --output output/mask_loss --jobs 2 SOLVER.MAX_ITER 1500
   The same on COCO, on a Slurm cluster, 8 GPUs per trial, 4 trials at a time:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml --size coco \\
         --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
@@ -37,7 +38,7 @@ and checkpoints.
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = flags.FlagsFirst(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -99,14 +100,19 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
-    from mask_head_plugin import ConfigError
-
+    print(f"ablate.py: checking {args.config_file}", file=sys.stderr, flush=True)  # takes a minute
     try:
-        return ablate(args)
-    except ConfigError as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
-        return 2
+        # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
+        from mask_head_plugin import ConfigError
+
+        try:
+            return ablate(args)
+        except ConfigError as error:
+            print(f"ablate.py: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("ablate.py: stopped; the same command continues from here", file=sys.stderr)
+        return 130
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -142,11 +148,7 @@ def ablate(args: argparse.Namespace) -> int:
     description = ablation.describe(study, file=args.config_file, size=args.size, command=command)
     with sole_writer(args.output):
         ablation.write_description(args.output, description)
-        try:
-            ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_state(t, metric)}"))
-        except KeyboardInterrupt:
-            print("ablate.py: stopped; the same command continues from here", file=sys.stderr)
-            return 130
+        ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_state(t, metric)}"))
     failed = [trial for trial in trials if not trial.is_finished]
     for trial in failed:
         print(f"ablate.py: {trial.name} failed: {trial.error}", file=sys.stderr)
@@ -164,8 +166,7 @@ def _plan(trials: list[Trial], metric: str) -> str:
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     rows: dict[str, list[str]] = {}
     for trial in trials:
-        state = trial.state if trial.record() and not trial.is_finished else _state(trial, metric)
-        rows.setdefault(trial.variant, [trial.variant]).append(state)
+        rows.setdefault(trial.variant, [trial.variant]).append(_state(trial, metric))
     table = tabulate(rows.values(), ["variant", *(f"seed {seed}" for seed in seeds)])
     failed = [f"{x.name} failed: {x.error}" for x in trials if x.error and not x.is_finished]
     folders = f"Each trial has a folder, such as {trials[0].folder}"
@@ -178,7 +179,8 @@ def _time_left(trials: list[Trial], cluster: Cluster) -> str:
     seconds = estimate_seconds(trials, cluster)
     if seconds is None:
         return "of unknown length until one has run on these GPUs,"
-    return f"about {timedelta(seconds=round(seconds))} of training left"
+    left = timedelta(seconds=round(seconds))
+    return f"about {left} of training left, without start-up and evaluation, as busy as now,"
 
 
 def _state(trial: Trial, metric: str) -> str:
@@ -187,7 +189,7 @@ def _state(trial: Trial, metric: str) -> str:
         value = trial.result(metric)
         return trial.state if math.isnan(value) else f"{metric} {value:.2f}"
     if trial.record():
-        return f"{trial.state} ({trial.error})"
+        return trial.state
     done = trial.iteration()
     return f"{done} of {trial.cfg.SOLVER.MAX_ITER}" if done else "to do"
 

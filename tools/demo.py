@@ -38,7 +38,7 @@ demo could not run.
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = flags.FlagsFirst(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_config_file(parser)

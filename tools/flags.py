@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # train_net.py defines its own flags, so that it also runs when copied on its own.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_net import add_code as add_code
 from train_net import add_run as add_run
+
+KEY = re.compile(r"[A-Z0-9_]+(\.[A-Z0-9_]+)+|OUTPUT_DIR|SEED")
+"""A key of a config, such as SOLVER.MAX_ITER."""
+
+
+class FlagsFirst(argparse.ArgumentParser):
+    """A parser of flags followed by KEY VALUE pairs, which explains a wrong order."""
+
+    def error(self, message: str) -> NoReturn:
+        given = sys.argv[1:]
+        keys = [k for k, text in enumerate(given) if KEY.fullmatch(text)]
+        late = [text for text in given[keys[0] :] if text.startswith("--")] if keys else []
+        super().error(f"{late[0]} must come before the KEY VALUE options" if late else message)
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:

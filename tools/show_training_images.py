@@ -7,7 +7,7 @@ import argparse
 from itertools import chain, islice
 from pathlib import Path
 
-from flags import add_code, add_config_file
+from flags import FlagsFirst, add_code, add_config_file
 
 EXAMPLES = """
 Example:
@@ -20,7 +20,7 @@ NUM_IMAGES = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = FlagsFirst(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_file(parser)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,25 @@ from ..config import ConfigError
 from ..messages import one_line
 
 SLURM_COMMANDS = ("sbatch", "srun")
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Lets processes that are started meanwhile write their errors to a file.
+
+    submitit's controller of a local trial prints a traceback for each Ctrl-C. The errors of the
+    trial itself have their own file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,8 @@ class Cluster:
         """
         executor = self._slurm(folder) if self.kind == "slurm" else self._local(folder, slot)
         try:
-            return executor.submit(job)
+            with _stderr_to(folder / "controller.txt"):
+                return executor.submit(job)
         except (FailedJobError, FailedSubmissionError) as error:
             raise ConfigError(f"sbatch refused a job: {one_line(error)}") from error
 

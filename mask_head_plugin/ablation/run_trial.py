@@ -29,6 +29,7 @@ from .trial_folder import (
     FAILED,
     FINISHED,
     HASH_FILE,
+    LOCK_FILE,
     METRICS_FILE,
     TRIAL_FILE,
     Trial,
@@ -67,7 +68,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     If another process is running the same trial, waits until that process is done.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
-    with locked(trial.folder / "lock"):
+    with locked(trial.folder / LOCK_FILE):
         if trial.is_finished:
             return
         start = time.monotonic()

@@ -25,12 +25,12 @@ from detectron2.utils.events import EventStorage
 from ..config import ConfigError, flatten
 from ..config_check.chosen_metrics import VALIDATION, evaluated_metrics
 from ..data import register_coco_files
-from ..durable_files import write_durably
+from ..durable_files import lock_holder, write_durably
 from ..engine import Trainer
 from ..engine.evaluators import check_objects
 from ..engine.run import check_and_register
 from ..messages import counted, nearest_name, one_line, silenced
-from ..progress import progress_bar
+from ..progress import progress_bar, tell
 from ..user_code import import_modules
 from .ablation_file import Ablation
 from .cluster import Cluster
@@ -39,6 +39,7 @@ from .trial_code import check_code
 from .trial_folder import (
     ABLATION_FILE,
     FAILED,
+    LOCK_FILE,
     Trial,
     check_hash,
     folder_name,
@@ -223,6 +224,7 @@ def run(
                 free = [slot for slot in range(cluster.jobs) if slot not in running]
                 for slot, trial in zip(free, waiting[: len(free)], strict=False):
                     waiting.remove(trial)
+                    _tell_if_running(trial)
                     job = TrialJob(trial, cluster.num_gpus, cluster.threads)
                     if cluster.kind == "debug":
                         job()
@@ -244,6 +246,13 @@ def run(
                 submitted.cancel()
 
 
+def _tell_if_running(trial: Trial) -> None:
+    """Says so if the process of a command that was killed still runs the trial."""
+    holder = lock_holder(trial.folder / LOCK_FILE)
+    if holder is not None:
+        tell(f"{trial.name} is still running in process {holder}; waiting for it")
+
+
 def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
     """Estimates how long the unfinished trials will take.
 
@@ -260,7 +269,7 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
     """Records a failure in trial.json if the process died before it could write the file."""
-    if trial.is_finished or trial.record().get("status") == FAILED:
+    if trial.is_finished or trial.has_failed:
         return
     lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]
     error = lines[-1] if lines else "the process was killed"

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config import ConfigError
 from ..durable_files import write_durably
 from ..user_code import search_also
-from .trial_folder import FAILED, Trial
+from .trial_folder import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,7 @@ def check_code(trials: Sequence[Trial], imports: Sequence[str]) -> None:
 
 
 def _starts_again(trial: Trial) -> bool:
-    failed = trial.record().get("status") == FAILED
-    return failed and not (trial.folder / "last_checkpoint").exists()
+    return trial.has_failed and not (trial.folder / "last_checkpoint").exists()
 
 
 def _code_files(imports: Sequence[str]) -> dict[str, Path]:

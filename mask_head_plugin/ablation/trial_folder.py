@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 ABLATION_FILE = "ablation.json"
 TRIAL_FILE, METRICS_FILE = "trial.json", "metrics.json"
 HASH_FILE, ENVIRONMENT_FILE = "config_hash.txt", "environment.txt"
+LOCK_FILE = "lock"
+"""Locked by the process that runs the trial."""
 FINISHED, FAILED = "finished", "failed"
 
 
@@ -82,6 +84,10 @@ class Trial:
     @property
     def is_finished(self) -> bool:
         return self.record().get("status") == FINISHED
+
+    @property
+    def has_failed(self) -> bool:
+        return self.record().get("status") == FAILED
 
     @property
     def state(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,17 @@ class StepGuard(HookBase):
 
     def _diverged(self, told: str, losses: dict[str, float]) -> TrainingError:
         path = self._save(losses)
+        imports = [text for code in self._cfg.IMPORTS for text in ("--import", code)]
+        command = shlex.join(["python", "tools/replay_step.py", str(path), *imports])
+        advice = (
+            "It often helps to lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+        if self.trainer.iter == 0:  # no step has changed the weights yet
+            advice = "At iteration 0, the loss function or the data is at fault"
         return TrainingError(
             f"iteration {self.trainer.iter}: {told}. The batch, and the weights from before this "
-            f"step, are in {path}; tools/replay_step.py finds the layer. It often helps to lower "
-            "SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            f"step, are saved; {command} finds the layer. {advice}"
         )
 
     def _save(self, losses: dict[str, float]) -> Path:

@@ -120,4 +120,4 @@ def lay_out_rows(figure: Any, heights: dict[str, int], row_height: int = ROW_HEI
         showgrid=True,
         ticks="",
     )
-    figure.update_xaxes(tickformat="+", zeroline=False, rangemode="tozero")
+    figure.update_xaxes(tickformat="+", labelalias={"+0": "0"}, zeroline=False, rangemode="tozero")

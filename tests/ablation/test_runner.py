@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -29,10 +31,11 @@ from mask_head_plugin.ablation import (
     runner,
     write_description,
 )
+from mask_head_plugin.ablation.cluster import _stderr_to
 from mask_head_plugin.ablation.trial_folder import folder_name, write_record
 from mask_head_plugin.config import flatten
 from mask_head_plugin.data import shapes
-from mask_head_plugin.durable_files import locked, sole_writer
+from mask_head_plugin.durable_files import lock_holder, locked, sole_writer
 
 DICE = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dice", 1.0]]}}}
 DEBUG = Cluster("debug")
@@ -413,6 +416,25 @@ def test_a_trial_running_in_another_process_is_waited_for(ablation, tmp_path, fa
         write_record(trial, {"status": "finished"})
     thread.join()
     assert asked == [], "a trial that the other process has finished must not run again"
+
+
+def test_a_trial_left_by_a_killed_command_is_named(ablation, tmp_path, fake_training, capsys):
+    trial = trials_of(ablation, tmp_path)[0]
+    trial.folder.mkdir(parents=True)
+    path = trial.folder / "lock"
+    with locked(path):
+        assert lock_holder(path) == os.getpid()
+        runner._tell_if_running(trial)
+    assert f"bce, seed 1 is still running in process {os.getpid()}" in capsys.readouterr().out
+    assert lock_holder(path) is None
+
+
+def test_errors_of_controllers_go_to_a_file(tmp_path, capfd):
+    with _stderr_to(tmp_path / "new" / "controller.txt"):
+        subprocess.run([sys.executable, "-c", "import sys; sys.exit('traceback')"], check=False)
+    sys.stderr.write("shown\n")
+    assert (tmp_path / "new" / "controller.txt").read_text() == "traceback\n"
+    assert capfd.readouterr().err == "shown\n"
 
 
 def test_the_estimate_uses_the_measured_speed_of_the_trials(ablation, tmp_path, fake_training):

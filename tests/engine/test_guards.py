@@ -68,7 +68,7 @@ def test_a_bad_loss_stops_the_run_before_the_update(tmp_path, value, period):
     images = [x["file_name"] for x in DatasetCatalog.get(NAME) if x["file_name"] in message]
     assert message.startswith(f"iteration 2: loss_mask is {value}, with the images ")
     assert len(images) == 2 and message.count("image_id") == 2
-    for text in ("iteration_2_rank_0.pth", "tools/replay_step.py", "lower SOLVER.BASE_LR"):
+    for text in ("iteration_2_rank_0.pth", "python tools/replay_step.py", "lower SOLVER.BASE_LR"):
         assert text in message
     assert all(torch.equal(x, before[name]) for name, x in weights(trainer).items())
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT
+from conftest import CONFIGS, ROOT, load_script
 from submitit.slurm.slurm import SlurmJob
 
 from mask_head_plugin.ablation import Cluster, run_trial, runner
@@ -111,6 +111,29 @@ def test_a_difference_without_a_dry_run_is_refused(tool, capsys, tmp_path):
             tool("--difference", value)
         assert "--difference has no effect without --dry-run: add it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_is_one_line_even_before_trials_start(tool, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for place in ("plan", "run"):
+        monkeypatch.setattr(f"mask_head_plugin.ablation.{place}", interrupt)
+        code, _, err = tool()
+        assert code == 130
+        assert err[-1] == "ablate.py: stopped; the same command continues from here"
+        assert err[0].startswith("ablate.py: checking ")
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["ablate", "demo", "show_training_images"])
+def test_flags_after_key_value_pairs_are_explained(name, monkeypatch, capsys):
+    arguments = [f"{name}.py", "SOLVER.MAX_ITER", "300", "--config-file", "x.yaml"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module = load_script(f"tools/{name}.py")
+    with pytest.raises(SystemExit):
+        getattr(module, "parse_args", module.main)()
+    assert "--config-file must come before the KEY VALUE options" in capsys.readouterr().err
 
 
 def test_trials_share_the_cores_unless_the_user_sets_the_threads(monkeypatch):

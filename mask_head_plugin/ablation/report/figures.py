@@ -67,11 +67,11 @@ def _metric_differences(study: Study) -> Figure | None:
     _add_paper(figure, study)
     lay_out_rows(figure, _rows(study))
     figure.update_xaxes(
-        title_text=f"{metric_words(study.metric)} minus that of {plotly_text(study.baseline.name)}"
+        title_text=f"{metric_words(study.metric)} minus that of<br>{wrapped(study.baseline.name)}"
     )
     caption = (
-        "Lines are 95% intervals over seeds and images; with one seed, over images only. Fewer "
-        "than 80% of studies like this one would find a true difference within the grey bar."
+        "Lines are 95% intervals over seeds and images; with one seed, over images only. A "
+        "true difference inside the grey bar would be missed by more than one study in five."
     )
     title = f"Difference in {metric_words(study.metric)} from {study.baseline.name}"
     return Figure("differences", title, caption, figure)
@@ -113,15 +113,19 @@ def _rows(study: Study) -> dict[str, int]:
 def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
     heights = _rows(study)
     compared = [(v, c) for v in _compared(study, key) if (c := study.comparison(v, key))]
+    # An AP, which lies in 0 to 100, limits the differences that are possible.
+    ends = [
+        (max(-c.detectable, -c.baseline), min(c.detectable, 100 - c.baseline)) for _, c in compared
+    ]
     bars = go.Bar(
         y=[heights[v.name] for v, _ in compared],
-        x=[2 * c.detectable for _, c in compared],
-        base=[-c.detectable for _, c in compared],
+        x=[high - low for low, high in ends],
+        base=[low for low, _ in ends],
         orientation="h",
         width=0.5,
         marker={"color": BAND},
         hoverinfo="skip",
-        name="found by fewer than 80% of studies",
+        name="too small to find reliably",
         showlegend=column == 1,
         legendgroup="detectable",
     )

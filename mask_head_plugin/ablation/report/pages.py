@@ -27,12 +27,20 @@ from ...pages.tables import (
 from ..trial_folder import Trial
 from .pictures import side_by_side
 from .study import Study, machine, read_study
-from .tables import build_table, changed_keys, findings, paper_table, unfinished_table
+from .tables import (
+    build_table,
+    changed_keys,
+    findings,
+    paper_table,
+    table_for_programs,
+    unfinished_table,
+)
 
 MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
 CSV_FILE, LATEX_FILE = "report.csv", "report.tex"
 TEMPLATE = "report.html.j2"
-ANALYSES_NOTE = "Pages that tools/analyze.py has written, or the commands to write them."
+EMBEDDED = ("shapes_train", "shapes_val")
+ANALYSES_NOTE = "Error analysis of each variant; run the command if there is no link yet."
 PAPER_NOTE = (
     "The paper's numbers are for the paper's models and data; compare differences, not values."
 )
@@ -60,7 +68,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
     write_durably(directory / MARKDOWN_FILE, render_markdown(study, picture))
     table = build_table(study)
-    write_durably(directory / CSV_FILE, as_csv(table))
+    write_durably(directory / CSV_FILE, as_csv(table_for_programs(study)))
     write_durably(directory / LATEX_FILE, latex(_without(table, "differs")))
     check_packages(HTML_FILE, directory / MARKDOWN_FILE)
     from .figures import figures  # needs plotly
@@ -173,8 +181,9 @@ def _analyses_markdown(study: Study) -> list[str]:
 
 
 def _title(study: Study) -> str:
-    size = study.description.get("size")
-    return str(study.description["title"]) + (f", size {size}" if size else "")
+    """Returns the title and the data set."""
+    dataset = "the embedded data set" if study.dataset in EMBEDDED else study.dataset
+    return f"{study.description['title']}, on {dataset}"
 
 
 def _num_images(study: Study) -> str:

@@ -15,6 +15,12 @@ from ...pages.tables import NOTHING, Cell, Column, Table, number
 from .study import Study, Variant, mean
 
 BASELINE = "baseline"
+SPEED = (
+    "Seconds per training iteration, mean over seeds; comparable only if the machine was equally "
+    "busy."
+)
+LEARNED = 1.0
+"""AP in percent below which a variant has not learned anything."""
 MOST_OF_ERROR = 300
 """Length at which the text of an error is cut off; trial.json has the complete text."""
 
@@ -47,7 +53,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
         ),
         (
             Column("seeds", "seeds", "Number of finished trials / number of planned trials."),
-            lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", float(len(v.finished))),
+            lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", len(v.finished)),
         ),
         (
             Column(name, name, f"{main}: mean over seeds ± their standard deviation."),
@@ -93,7 +99,11 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _number_cell(_paper_difference(study, v, main), "+.1f"),
         ),
         (
-            Column("time", "s/it", "Seconds per training iteration, mean over seeds."),
+            Column(
+                "time",
+                "s/it",
+                SPEED,
+            ),
             lambda v: _number_cell(mean(v.costs("seconds_per_iteration")), ".3f"),
         ),
         (
@@ -116,7 +126,28 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
     ]
 
 
-DETECTABLE = "80% of studies like this one would find a true difference of this size."
+DETECTABLE = "Smallest true difference that is found in four of five such studies."
+
+
+def table_for_programs(study: Study) -> Table:
+    """Returns the table with standard deviations and ends of intervals in their own columns."""
+    table, main = build_table(study), study.metric
+    name = main.partition("/")[2]
+    added: dict[str, dict[str, Callable[[Variant], float]]] = {
+        name: {f"standard deviation of {name}": lambda v: v.std(main)},
+        "difference": {
+            "lower end of interval": lambda v: c.low if (c := study.comparison(v)) else math.nan,
+            "upper end of interval": lambda v: c.high if (c := study.comparison(v)) else math.nan,
+        },
+    }
+    columns: list[Column] = []
+    rows: list[list[Cell]] = [[] for _ in table.rows]
+    for k, column in enumerate(table.columns):
+        extra = added.get(column.key, {})
+        columns += [column, *(Column(label, label, "") for label in extra)]
+        for variant, row, whole in zip(study.variants, rows, table.rows, strict=True):
+            row += [whole[k], *(_number_cell(value(variant)) for value in extra.values())]
+    return Table(columns, rows)
 
 
 def _metric_column(key: str) -> Column:
@@ -227,7 +258,20 @@ def findings(study: Study) -> list[str]:
             sentences.append(f"{phrase} {study.baseline.name}: {listed}.")
     if grouped:
         sentences += [_detectable_range(study), *_what_intervals_hold(study)]
-    return [*sentences, *_missing(study)]
+    return [*sentences, *_not_learned(study), *_missing(study)]
+
+
+def _not_learned(study: Study) -> list[str]:
+    """Returns a warning for each variant whose main metric shows that it learned nothing."""
+    if not study.metric.partition("/")[2].startswith("AP"):
+        return []
+    return [
+        f"{variant.name}: {study.metric.partition('/')[2]} below {LEARNED:g}: this variant did not "
+        f"learn in {mean(variant.costs('iterations')):.0f} iterations; its difference says nothing "
+        "about longer schedules."
+        for variant in study.variants
+        if variant.mean(study.metric) < LEARNED
+    ]
 
 
 def _with_difference(study: Study, variant: Variant) -> str:
@@ -241,11 +285,11 @@ def _detectable_range(study: Study) -> str:
     limits = [x for x in limits if math.isfinite(x)] or [math.nan]
     if max(limits) == 0:
         return "Nothing can be compared: every draw of images gives the same result."
-    low, high = number(min(limits)), number(max(limits))
-    extent = low if low == high else f"{low} to {high} (depending on the variant)"
+    low, high = number(min(limits), ".1f"), number(max(limits), ".1f")
+    extent = f"{low} AP" if low == high else f"{low} to {high} AP, depending on the variant"
     return (
-        f"Studies like this one find a true difference of {extent} 80% of the time, and smaller "
-        "ones less often: “within noise” does not mean equal."
+        f"To be found in four of five such studies, a difference must be at least {extent}. "
+        "“Within noise” does not mean equal."
     )
 
 
@@ -253,11 +297,14 @@ def _what_intervals_hold(study: Study) -> list[str]:
     compared = [c for v in study.variants if (c := study.comparison(v)) is not None]
     sentences = []
     if any(c.has_training for c in compared):
-        at_once = f" They hold jointly for all {len(compared)} comparisons (Bonferroni)."
+        together = "both" if len(compared) == 2 else f"all {len(compared)}"
+        at_once = f", for {together} comparisons together (Bonferroni)"
         sentences.append(
-            "The 95% intervals cover the noise of training (seeds) and of the validation images."
-            f"{at_once if len(compared) > 1 else ''}"
+            "The 95% intervals cover the noise of training (seeds) and of the validation images"
+            f"{at_once if len(compared) > 1 else ''}."
         )
+    if any(c.is_cut for of_variant in study.comparisons.values() for c in of_variant.values()):
+        sentences.append("Intervals are cut where an AP would fall below 0 or exceed 100.")
     if any(not c.has_training for c in compared):
         sentences.append(
             "With one seed, an interval covers only the choice of images. To measure the noise of "
@@ -278,7 +325,12 @@ def _missing(study: Study) -> list[str]:
         sentences.append(
             f"The baseline {study.baseline.name} has no finished trial: nothing can be compared."
         )
-    unfinished = len(study.trials) - len(study.finished)
+    failed = sum(trial.has_failed for trial in study.trials)
+    if failed:
+        sentences.append(
+            f"{failed} of {counted(len(study.trials), 'trial')} failed; the errors are below."
+        )
+    unfinished = len(study.trials) - len(study.finished) - failed
     if unfinished:
         have = "has" if unfinished == 1 else "have"
         sentences.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -23,13 +25,13 @@ from mask_head_plugin import ConfigError
 from mask_head_plugin.ablation.report import pages, pictures
 from mask_head_plugin.ablation.report.pictures import side_by_side
 from mask_head_plugin.ablation.report.study import read_study
-from mask_head_plugin.ablation.report.tables import build_table
+from mask_head_plugin.ablation.report.tables import build_table, findings
 from mask_head_plugin.evaluation.bootstrap import compare_all
 from mask_head_plugin.evaluation.image_counts import ImageCounts, most_disputed
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.pages import paper_plots, plots
 from mask_head_plugin.pages import render as page_render
-from mask_head_plugin.pages.tables import MINUS, NOTHING, as_csv, escape_markdown, number
+from mask_head_plugin.pages.tables import MINUS, NOTHING, escape_markdown, number
 
 pytest.importorskip("plotly", reason="report.html needs the extra 'report'")
 
@@ -208,7 +210,8 @@ def test_failed_and_missing_trials_are_listed_and_the_others_reported(copied):
         *("not run", "failed", f"unfinished, {NUM_ITERATIONS} iterations logged")
     ]
     assert rows[1][3] == "FloatingPointError: Loss became &lt;inf&gt; at iteration 83"
-    assert "Loss became &lt;inf&gt;" in page and "3 of 6 trials have not finished" in text
+    assert "Loss became &lt;inf&gt;" in page and "2 of 6 trials have not finished" in text
+    assert "1 of 6 trials failed; the errors are below." in text
     assert [cells["seeds"] for cells in table_cells(copied).values()] == ["1/2"] * 3
     assert "With one seed, an interval covers only the choice of images" in text
     assert table_cells(copied)[STRANGE]["finding"] == "? one seed: unknown"
@@ -226,6 +229,32 @@ def test_trials_that_stopped_early_are_reported_with_their_iterations(made, copi
     rows = table_cells(copied)
     assert rows["baseline"]["iterations"] == f"{(250 + NUM_ITERATIONS) / 2:.0f}"
     assert rows["about the same"]["iterations"] == f"{NUM_ITERATIONS}"
+
+
+def test_a_variant_that_did_not_learn_is_named(copied):
+    for path in copied.glob("variant_2/seed_*/trial.json"):
+        results = json.loads(path.read_text())["results"]
+        edit(path, results={**results, "segm": {**results["segm"], "AP": 0.4}})
+    found = [x for x in findings(read_study(copied, NUM_DRAWS)) if "did not learn" in x]
+    expected = f"about the same: AP below 1: this variant did not learn in {NUM_ITERATIONS} iter"
+    assert [x.startswith(expected) for x in found] == [True]
+
+
+def test_what_an_ap_makes_impossible_is_cut_and_said(copied):
+    study = read_study(copied, NUM_DRAWS)
+    study.comparisons[STRANGE]["segm/AP"] = replace(
+        study.comparison(study.variants[1]), baseline=5.0, detectable=30.0, is_cut=True
+    )
+    bars = next(x.figure for x in figures(study) if x.name == "differences").data[0]
+    assert (bars.base[0], bars.base[0] + bars.x[0]) == (-5, 30)
+    assert "Intervals are cut where an AP would fall below 0 or exceed 100." in findings(study)
+
+
+def test_the_title_names_the_data_set(copied):
+    assert render(copied)[0].startswith(f"# Synthetic variants, on {DATASET}\n")
+    edit(copied / "ablation.json", dataset="shapes_val")
+    title = render(copied)[0].splitlines()[0]
+    assert title == "# Synthetic variants, on the embedded data set"
 
 
 def test_a_variant_without_finished_trials_has_a_row_of_dashes(copied):
@@ -427,8 +456,16 @@ def test_the_tool_writes_the_report(copied, monkeypatch):
 
 def test_the_table_and_the_plots_are_also_written_for_papers(made):
     folder = made[0]
-    table = build_table(read_study(folder, NUM_DRAWS))
-    assert (folder / "report.csv").read_text() == as_csv(table)
+    study = read_study(folder, NUM_DRAWS)
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+    header = markdown_rows((folder / "report.md").read_text(), "Variants")[0]
+    assert set(header) <= set(rows[0]), "the headings are those of the report"
+    for row, variant in zip(rows, study.variants, strict=True):
+        assert row["seeds"] == "2"
+        assert float(row["standard deviation of AP"]) == variant.std("segm/AP")
+        comparison = study.comparison(variant)
+        ends = ("", "") if comparison is None else (str(comparison.low), str(comparison.high))
+        assert (row["lower end of interval"], row["upper end of interval"]) == ends
     assert (folder / "report.tex").read_text().count("\\\\\n") == len(QUALITIES) + 1
     plotted = {x.name for x in folder.iterdir() if x.suffix in (".svg", ".pdf")}
     names = ("intervals", "other-metrics", "learning", "classes", "precision-recall")
