@@ -148,11 +148,10 @@ def ablate(args: argparse.Namespace) -> int:
     description = ablation.describe(study, file=args.config_file, size=args.size, command=command)
     with sole_writer(args.output):
         ablation.write_description(args.output, description)
-        ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_state(t, metric)}"))
+        ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_ended(t, metric)}"))
     failed = [trial for trial in trials if not trial.is_finished]
     for trial in failed:
         print(f"ablate.py: {trial.name} failed: {trial.error}", file=sys.stderr)
-        print(f"  see {trial.folder / 'log.txt'}", file=sys.stderr)
     if len(failed) < len(trials):
         write_report(args.output, args.draws)
         print(f"report: {args.output / 'report.md'} and {args.output / 'report.html'}")
@@ -181,6 +180,11 @@ def _time_left(trials: list[Trial], cluster: Cluster) -> str:
         return "of unknown length until one has run on these GPUs,"
     left = timedelta(seconds=round(seconds))
     return f"about {left} of training left, without start-up and evaluation, as busy as now,"
+
+
+def _ended(trial: Trial, metric: str) -> str:
+    """Returns how a trial ended; its error is printed once all trials have ended."""
+    return _state(trial, metric) + (f"; see {trial.folder / 'log.txt'}" if trial.has_failed else "")
 
 
 def _state(trial: Trial, metric: str) -> str:

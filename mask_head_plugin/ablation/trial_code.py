@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from ..config import ConfigError
 from ..durable_files import write_durably
@@ -29,7 +30,7 @@ def store_code(trial: Trial) -> None:
     lines = []
     for name, path in _code_files(trial.cfg.IMPORTS).items():
         content = path.read_bytes()
-        write_durably(trial.folder / CODE_FOLDER / name, lambda file, x=content: file.write(x))
+        write_durably(trial.folder / CODE_FOLDER / name, _writer(content))
         lines.append(f"{_digest(content)}  {name}\n")
     write_durably(trial.folder / CODE_FOLDER / DIGESTS_FILE, "".join(lines))
 
@@ -94,6 +95,10 @@ def _code_files(imports: Sequence[str]) -> dict[str, Path]:
         if spec is not None and spec.origin and spec.origin.endswith(".py"):
             found[f"{entry}.py"] = Path(spec.origin)
     return found
+
+
+def _writer(content: bytes) -> Callable[[IO[bytes]], object]:
+    return lambda file: file.write(content)
 
 
 def _digest(content: bytes) -> str:

@@ -133,7 +133,7 @@ class StepGuard(HookBase):
             "SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
         if self.trainer.iter == 0:  # no step has changed the weights yet
-            advice = "At iteration 0, the loss function or the data is at fault"
+            advice = "At iteration 0, the loss function, the data or MODEL.WEIGHTS is at fault"
         return TrainingError(
             f"iteration {self.trainer.iter}: {told}. The batch, and the weights from before this "
             f"step, are saved; {command} finds the layer. {advice}"

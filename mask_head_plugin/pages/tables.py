@@ -79,10 +79,10 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Returns a table as CSV: numbers in full precision, and empty cells for nan."""
+    """Returns a table as CSV: keys as headings, numbers in full precision, empty cells for nan."""
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
-    writer.writerow([column.label for column in table.columns])
+    writer.writerow([column.key for column in table.columns])
     for row in table.rows:
         values = [cell.value for cell in row]
         writer.writerow(["" if isinstance(x, float) and math.isnan(x) else x for x in values])

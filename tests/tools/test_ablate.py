@@ -78,7 +78,7 @@ def test_slurm_trials_train_on_the_reserved_gpus(tool, slurm, tmp_path):
     (path,) = tmp_path.rglob("77_submitted.pkl")
     job = pickle.loads(path.read_bytes()).function
     assert (job.trial.cfg.MODEL.DEVICE, job.num_gpus) == ("cuda", 8)
-    assert code == 1 and "bce, seed 1 failed" in err[-2], "sacct reports FAILED"
+    assert code == 1 and "bce, seed 1 failed" in err[-1], "sacct reports FAILED"
 
 
 def test_without_flags_slurms_own_defaults_apply(tool, slurm):

@@ -144,7 +144,8 @@ def table_for_programs(study: Study) -> Table:
     rows: list[list[Cell]] = [[] for _ in table.rows]
     for k, column in enumerate(table.columns):
         extra = added.get(column.key, {})
-        columns += [column, *(Column(label, label, "") for label in extra)]
+        labels = [column.label, *extra]  # also as keys, so that the CSV has the report's headings
+        columns += [Column(label, label, "") for label in labels]
         for variant, row, whole in zip(study.variants, rows, table.rows, strict=True):
             row += [whole[k], *(_number_cell(value(variant)) for value in extra.values())]
     return Table(columns, rows)
