@@ -3,7 +3,7 @@
 
 All of them run in one process on the same inputs: 256 RoIs per image of 800 x 1333, C = 256. The
 operators get one map with stride 8; the poolers get an FPN with strides 4 to 32. torchvision has no
-exact integral like PrRoIPool, so our precise_roi_pool is compared with torchvision's roi_align with
+exact integral like PrROIPool, so our precise_roi_pool is compared with torchvision's roi_align with
 an adaptive grid.
 
 Times are medians of several runs that alternate between stock and ours; ratios are stock / ours.

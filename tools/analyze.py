@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what a trained model gets wrong and why, and how much AP a better branch could win."""
+"""Shows what a trained model gets wrong and why, and how much AP a better branch could gain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import logging
 import sys
 
 import flags
+
+import flags  # noqa: F401  # imports the package of this checkout, not an installed one
 
 EXAMPLES = """
 Examples:

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import flags  # noqa: F401  # imports the package of this checkout, not an installed one
+
 if TYPE_CHECKING:
     from mask_head_plugin.dataset_check import Finding
 

@@ -24,7 +24,7 @@ Examples:
 
 Files in the folder of --output, as PNG and SVG, as wide as a page (see docs/explain.md):
   stages         From region proposals to a mask: the paper's Figure 1 on your image.
-  roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read from the map for one box, and
+  roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrROIPool read from the map for one box, and
                  how far rounding moves it, in pixels: the paper's Figure 3 on your image.
   competition    With --softmax-weights: the probability of each class at a pixel if masks are
                  independent, and if they compete (the paper's Table 2b).

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import flags  # noqa: F401  # imports the package of this checkout, not an installed one
 from pinned_wheel import FetchError, PinnedWheel
 
 

@@ -1,4 +1,8 @@
-"""Flags that several tools share. Heavy imports are avoided, so ``--help`` is fast."""
+"""Flags that several tools share. Heavy imports are avoided, so ``--help`` is fast.
+
+Importing this module puts its checkout first on the import path. So every tool runs the code next
+to it, even if another checkout is installed.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import flags  # noqa: F401  # imports the package of this checkout, not an installed one
+
 EXAMPLES = """
 Examples:
   From one file; a fifth of its photographs becomes validation data:

@@ -131,7 +131,9 @@ def measure(scene: Scene, max_detections: int, mask_side: int) -> Findings:
     }
     made = [*_aps(found), *_error_measures(scene, found, errors)]
     bases = {x.task: x for x in made if (x.group, x.name) == ("AP", "AP")}
-    for task, name, matches in oracle_matches(scene, found, max_detections, mask_side):
+    for task, name, matches in oracle_matches(
+        scene, found, errors["bbox"][0.5], max_detections, mask_side
+    ):
         made.append(Measure(task, "oracle", name, matches, base=bases[task]))
     return Findings(scene, found, errors, {x.key: x for x in made})
 

@@ -7,7 +7,8 @@ true objects through the mask branch's grid, to see what a finer grid could gain
 
 A detection that found an object (COCO's matching of boxes at IoU 0.5) is paired with that object.
 Any other detection is paired with the object of its class whose box it overlaps most, if their IoU
-is at least TIDE's background IoU. A detection without a partner stays unchanged.
+is at least TIDE's background IoU. A detection without a partner stays unchanged. Only perfect
+classes pair detections with objects of other classes; see ``perfect_classes``.
 
 Shape alphabet: D detections, G objects, T IoU thresholds, M side of the mask branch's output.
 """
@@ -27,13 +28,13 @@ from ..evaluation.matching import FloatArray, Matches
 from ..ops import crop_masks, encode_masks
 from ..progress import progress
 from .assignment import Assignment, assign
-from .errors import BACKGROUND_IOU
+from .errors import BACKGROUND_IOU, CLASS, RIGHT, Errors
 from .scene import IntArray, Scene, mask_areas
 
 MEANINGS = {
     "perfect masks": "the true mask in each predicted box",
     "perfect boxes": "the true box for each detection, whose mask is then no longer cut off",
-    "perfect classes": "the true class for each detection",
+    "perfect classes": "the true class for each box, and no second box of the same object",
 }
 MOST_THROUGH_GRID = 5_000
 """Largest number of objects sent through the grid. If there are more objects, only every second,
@@ -121,22 +122,58 @@ def cut_to_boxes(rles: Sequence[Any], boxes: FloatArray) -> Iterator[Any]:
         yield coco_mask.merge([rle, *box], intersect=True)
 
 
-def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True) -> IntArray:
+def perfect_classes(scene: Scene, boxes: Assignment, errors: Errors) -> tuple[Scene, IntArray]:
+    """Returns the scene with all class errors repaired, and the indices of its detections.
+
+    A class error is a box in the right place (IoU 0.5) with the wrong class. A perfect classifier
+    would give it the object's class, and the model's NMS within each class would then leave one of
+    the boxes on an object. Kept is the detection that found the object or, if there is none, the
+    class error with the highest score. It gets the highest score of all of them, because the model
+    scores the classes of a proposal together. The other class errors are removed. So the AP50 of
+    boxes gains at least as much as by TIDE's repair of class errors.
+
+    Args:
+        scene: all detections and objects.
+        boxes: the assignment of the task "bbox".
+        errors: its errors at IoU 0.5.
+
+    Returns:
+        The new scene, and for each of its detections the index in the old scene.
+    """
+    is_wrong = errors.kind == CLASS
+    kept = errors.repaired & is_wrong
+    about = errors.about
+    classes = scene.dt_class.copy()
+    classes[boxes.rows[kept]] = scene.gt_class[about[kept]]
+    finds = kept | (errors.kind == RIGHT)
+    scores = [x.copy() for x in (scene.dt_score, scene.dt_mask_score)]
+    for score in scores:
+        highest = np.zeros(len(scene.gt_image))
+        np.maximum.at(highest, about[is_wrong], score[boxes.rows[is_wrong]])
+        rows = boxes.rows[finds]
+        score[rows] = np.maximum(score[rows], highest[about[finds]])
+    is_left = np.ones(len(classes), bool)
+    is_left[boxes.rows[is_wrong & ~kept]] = False
+    order = np.lexsort((classes, scene.dt_image))
+    order = order[is_left[order]]
+    scored = replace(scene, dt_score=scores[0], dt_mask_score=scores[1])
+    return scored.with_classes(classes, order), order
+
+
+def nearest_objects(scene: Scene, boxes: Assignment) -> IntArray:
     """Returns the scene index of the object paired with each detection, (D,); -1 if unpaired.
 
     Args:
         scene: all detections and objects.
         boxes: the assignment of the task "bbox".
-        same_class: whether the object must have the detection's class.
     """
     objects = np.full(len(scene.dt_image), -1, np.int64)
     pairs = zip(scene.dt_slices, scene.gt_slices, boxes.ious, strict=True)
     for dt, gt, ious in pairs:
         if not ious.size:
             continue
-        allowed = ~scene.gt_crowd[gt][None]
-        if same_class:
-            allowed = allowed & (scene.dt_class[dt, None] == scene.gt_class[gt])
+        same_class = scene.dt_class[dt, None] == scene.gt_class[gt]
+        allowed = same_class & ~scene.gt_crowd[gt]
         iou = np.where(allowed, ious, 0)
         nearest = iou.argmax(1)
         near = iou[np.arange(len(iou)), nearest] >= BACKGROUND_IOU
@@ -220,13 +257,18 @@ def _grid_ious(
 
 
 def oracle_matches(
-    scene: Scene, found: dict[str, Assignment], max_detections: int, mask_side: int
+    scene: Scene,
+    found: dict[str, Assignment],
+    box_errors: Errors,
+    max_detections: int,
+    mask_side: int,
 ) -> Iterator[tuple[str, str, Matches]]:
     """Yields task, name and matches of each oracle.
 
     Args:
         scene: all detections and objects.
         found: the assignment of each task.
+        box_errors: the errors of the task "bbox" at IoU 0.5.
         max_detections: how many detections count per image and class; negative for no limit.
         mask_side: M of the model.
     """
@@ -242,14 +284,11 @@ def oracle_matches(
         assert with_masks.dt_mask is not None
         ious = ious_in_perfect_boxes(scene, objects, with_masks.dt_mask, found["segm"].ious)
         yield "segm", "perfect boxes", matches(scene, "segm", ious)
-    objects = nearest_objects(scene, found["bbox"], same_class=False)
-    classes = np.where(objects >= 0, scene.gt_class[objects], scene.dt_class)
-    order = np.lexsort((classes, scene.dt_image))
-    reclassed = scene.with_classes(classes, order)
+    reclassed, order = perfect_classes(scene, found["bbox"], box_errors)
+    slices = list(zip(scene.dt_slices, reclassed.dt_slices, strict=True))
     for task, assignment in found.items():
         ious = [
-            x[order[rows] - rows.start]
-            for x, rows in zip(assignment.ious, scene.dt_slices, strict=True)
+            x[order[new] - old.start] for x, (old, new) in zip(assignment.ious, slices, strict=True)
         ]
         yield task, "perfect classes", matches(reclassed, task, ious)
     if "segm" in found:

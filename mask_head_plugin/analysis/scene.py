@@ -111,11 +111,12 @@ class Scene:
 
         Args:
             classes: (D,) new class of each detection, in the current order.
-            order: (D,) indices that sort the detections by image and new class.
+            order: indices of the detections to keep, sorted by image and new class.
         """
         masks = self.dt_mask
         return replace(
             self,
+            dt_image=self.dt_image[order],
             dt_class=classes[order],
             dt_score=self.dt_score[order],
             dt_mask_score=self.dt_mask_score[order],

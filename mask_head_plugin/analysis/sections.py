@@ -22,8 +22,9 @@ ERROR_TEXT = (
     "right at IoU 0.5, but as a location error at 0.75."
 )
 ORACLE_TEXT = (
-    "The AP if one branch were perfect and the others unchanged. Improving this branch can gain no "
-    "more than that. Perfect masks are the true masks in full resolution; they do not pass through "
+    "The AP if one branch were perfect and the others unchanged: an estimate of the most that "
+    "improving this branch can gain. Perfect classes leave one detection on each object, as NMS "
+    "within each class would. Perfect masks are the true masks in full resolution; they do not pass through "
     "the mask branch's grid. “Grid only” takes the true objects, with perfect boxes, classes and "
     "scores, and crops and pastes their masks at the stated resolution."
 )

@@ -7,7 +7,7 @@ over the bin. A whole RoI is ``Wy F Wx^T``, where each row of W contains the wei
 
     RoIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
     RoIWarp     the same as RoIAlign, but with edges rounded to cells
-    PrRoIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
+    PrROIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
 
 Edges are given in cells: 0 is the outer edge of the first cell, so its centre is at 0.5. The
 functions below shift edges by 0.5 (unless ``aligned`` is False), which puts the centre of cell i
@@ -15,12 +15,12 @@ at i.
 
 Example, after the shift: one bin from 1.0 to 3.0. RoIAlign with two samples places them at 1.5 and
 2.5. Their weights are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells
-1, 2, 3. For PrRoIPool, the bin contains half of the hats of cells 1 and 3 (area 1/2 each) and the
+1, 2, 3. For PrROIPool, the bin contains half of the hats of cells 1 and 3 (area 1/2 each) and the
 entire hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/4). For a bin from
 1.0 to 2.0, both methods have the weights (1/2, 1/2) on cells 1, 2.
 
 Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
-as 0; any other sample is clamped to [0, L - 1]. PrRoIPool follows the same rule: the map keeps its
+as 0; any other sample is clamped to [0, L - 1]. PrROIPool follows the same rule: the map keeps its
 border value from -1 to 0 and from L - 1 to L, and is 0 farther out.
 
 Shape alphabet: R RoIs, P bins, G samples per bin (the maximum over all RoIs), V cells per sample, B
@@ -159,7 +159,7 @@ def roi_align_weights(
 def precise_roi_pool_weights(
     start: Tensor, end: Tensor, num_bins: int, num_cells: int, aligned: bool = True
 ) -> AxisWeights:
-    """Returns PrRoIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
+    """Returns PrROIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
 
     RoIAlign's weights converge to these weights if the sampling ratio goes to infinity. As with a
     fixed sampling ratio, a RoI that ends before it starts is mirrored, and a bin of length 0 reads

@@ -153,7 +153,7 @@ def precise_roi_pool(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """PrRoIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
+    """PrROIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
 
     This is the limit of ``roi_align`` as ``sampling_ratio`` goes to infinity. Differs from the
     original implementation in three ways. The original has no ``aligned``. At the border, this

@@ -17,8 +17,11 @@ from made_scene import (
 )
 from pycocotools import mask as coco_mask
 
+from mask_head_plugin.analysis.assignment import assign
+from mask_head_plugin.analysis.errors import find_errors
 from mask_head_plugin.analysis.measures import measure
-from mask_head_plugin.analysis.oracles import cut_to_boxes, grid_ious, grid_name
+from mask_head_plugin.analysis.oracles import cut_to_boxes, grid_ious, grid_name, perfect_classes
+from mask_head_plugin.evaluation.bootstrap import average_precision
 from mask_head_plugin.evaluation.mask_window import mask_window
 
 A, B = rectangle(10, 10, 40, 40), rectangle(80, 60, 40, 40)
@@ -85,6 +88,60 @@ def test_no_oracle_repairs_duplicates(tmp_path):
     found = aps(tmp_path, content, results)
     grids = {grid_name(28), grid_name(56)}
     assert len({value for name, value in found.items() if name not in grids}) == 1
+
+
+def with_class_errors(seed=0):
+    """Returns objects and detections: correct, of a wrong class, and several per object."""
+    rng = np.random.default_rng(seed)
+    content = crowded_content()
+    results = []
+    for x in perfect(content):
+        # Each object gets up to four shifted boxes of random classes and scores.
+        for _ in range(int(rng.integers(5))):
+            shift = int(rng.integers(8))
+            moved = detection(x["image_id"], int(rng.integers(1, 4)), np.roll(decode(x), shift, 1))
+            results.append({**moved, "score": float(rng.uniform(0.1, 1))})
+    return content, results
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_perfect_classes_gain_at_least_what_the_class_errors_cost(tmp_path, seed):
+    """The wrong classes of an object must not become duplicates, which NMS would remove."""
+    findings = measure(scene_of(tmp_path, *with_class_errors(seed)), 100, 28)
+    oracle = findings.measures["bbox", "oracle", "perfect classes", 0.0].matches
+    base = findings.value("bbox", "AP", "AP50")
+    cost = findings.value("bbox", "error", "class", 0.5)
+    assert cost > 5
+    assert average_precision(oracle, "AP50") - base >= cost - 1e-9
+
+
+def test_perfect_classes_leave_one_detection_on_an_object_with_the_highest_score(tmp_path):
+    """The object of class 1 keeps the box that found it; that of class 2 gets the best other."""
+    content = objects_of([(1, 1, A), (1, 2, B)])
+    near = np.roll(B, 2, 1)
+    results = [
+        detection(1, 1, A, 0.3),
+        detection(1, 2, A, 0.9),
+        detection(1, 3, A, 0.8),
+        detection(1, 1, B, 0.7),
+        detection(1, 3, near, 0.6),
+        detection(1, 2, rectangle(5, 100, 10, 10), 0.5),
+    ]
+    scene = scene_of(tmp_path, content, results)
+    boxes = assign(scene, "bbox", 100)
+    repaired, order = perfect_classes(scene, boxes, find_errors(scene, boxes, 0.5))
+    assert repaired.dt_class.tolist() == [0, 1, 1]
+    assert sorted(repaired.dt_score.tolist()) == [0.5, 0.7, 0.9]
+    assert (repaired.dt_box == scene.dt_box[order]).all()
+
+
+def test_perfect_classes_change_nothing_if_no_class_is_wrong(tmp_path):
+    content = crowded_content()
+    results = [y for x in perfect(content) for y in (x, {**x, "score": x["score"] / 2})]
+    scene = scene_of(tmp_path, content, results)
+    boxes = assign(scene, "bbox", 100)
+    _, order = perfect_classes(scene, boxes, find_errors(scene, boxes, 0.5))
+    assert order.tolist() == list(range(len(results)))
 
 
 def test_without_detections_oracles_gain_nothing_but_grid_limits_are_known(tmp_path):

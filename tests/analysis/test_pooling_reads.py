@@ -21,7 +21,7 @@ OPERATORS = {
     "RoIPool": lambda x, rois: roi_pool(x, rois, BINS),
     "RoIWarp": lambda x, rois: roi_warp(x, rois, BINS, sampling_ratio=RATIO),
     "RoIAlign": lambda x, rois: roi_align(x, rois, BINS, sampling_ratio=RATIO),
-    "PrRoIPool": lambda x, rois: precise_roi_pool(x, rois, BINS),
+    "PrROIPool": lambda x, rois: precise_roi_pool(x, rois, BINS),
 }
 
 
@@ -30,7 +30,7 @@ def made_map(seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("box", BOXES)
-@pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign", "PrRoIPool"])
+@pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign", "PrROIPool"])
 def test_the_cells_and_weights_of_a_bin_equal_the_operators_gradient(way, box):
     reads = pooling_reads(way, np.array(box), MAP_HW, BINS, RATIO)
     feature = made_map().requires_grad_()

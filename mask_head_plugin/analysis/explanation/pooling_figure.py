@@ -35,7 +35,7 @@ WHAT_IT_DOES = {
         "points, each interpolated from four cells."
     ),
     "RoIAlign": "Rounds nothing. A bin is the mean of points, each\ninterpolated from four cells.",
-    "PrRoIPool": (
+    "PrROIPool": (
         "Rounds nothing and has no points. A bin is the mean over\n"
         "its area; interpolation reaches half a cell further."
     ),
@@ -102,7 +102,7 @@ def told_in_words(stages: Stages, number: int) -> str:
     name = stages.names[stages.classes[number]]
     return (
         f"The box of “{name}” on the grid of the feature map, pooled in four ways: RoIPool and "
-        "RoIWarp round the box to whole cells, RoIAlign and PrRoIPool do not."
+        "RoIWarp round the box to whole cells, RoIAlign and PrROIPool do not."
     )
 
 

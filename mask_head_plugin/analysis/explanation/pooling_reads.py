@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float64]
 BEYOND = 3
 """How many cells beyond the edge of a RoI an operator may read because of rounding."""
 
-WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
+WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrROIPool")
 """Ways of pooling, in the order in which they were published."""
 
 ROUNDED = ("RoIPool", "RoIWarp")
@@ -96,7 +96,7 @@ def pooling_reads(
         "RoIPool": roi_pool,
         "RoIWarp": partial(roi_warp, sampling_ratio=sampling_ratio),
         "RoIAlign": partial(roi_align, sampling_ratio=sampling_ratio, aligned=True),
-        "PrRoIPool": precise_roi_pool,
+        "PrROIPool": precise_roi_pool,
     }
     roi = torch.tensor([[0.0, *box]])
     by_axis = []
