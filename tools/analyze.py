@@ -10,8 +10,6 @@ import sys
 
 import flags
 
-import flags  # noqa: F401  # imports the package of this checkout, not an installed one
-
 EXAMPLES = """
 Examples:
   A run of train_net.py, after its evaluation:

@@ -54,8 +54,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="bins along each side in roi_pooling, 1 to 14 (default: chosen so that a bin is about "
-        "two cells wide)",
+        help="bins along each side in roi_pooling, 1 to 14 (default: bins about two cells wide)",
     )
     parser.add_argument(
         "--softmax-weights",
@@ -97,7 +96,10 @@ def main() -> int:
     for path in written:
         print(path)
     if not args.softmax_weights:
-        print("for competition.png, add --softmax-weights; docs/explain.md shows how to train them")
+        print(
+            "for competition.png, add --softmax-weights; "
+            "docs/explain.md shows how to train that model"
+        )
     return 0
 
 

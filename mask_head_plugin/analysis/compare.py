@@ -28,6 +28,7 @@ SHARED = ("image_ids", "class_names", "gt_image", "gt_class", "gt_crowd", "gt_bo
 LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
 """Groups of numbers for which lower is better: lost AP, possible gains and calibration error."""
 MOST_NAMED = 5
+ON_THESE = "on these images (one training each)"
 ONE_TRAINING = (
     "The intervals cover the choice of images only. Each model was trained only once, and another "
     "seed might reverse a difference: “better” applies to these two models, not to their settings."
@@ -77,7 +78,7 @@ class Comparison:
         """Describes in words what got better and what got worse."""
         aps = [
             f"AP of {TASK_NAMES[x.key.task]} from {number(x.paired.baseline, '.1f')} to "
-            f"{number(x.paired.value, '.1f')}, {with_interval(x.paired)}, {x.finding}"
+            f"{number(x.paired.value, '.1f')}, {with_interval(x.paired, 1)}, {finding_text(x)}"
             for x in self.differences
             if x.key.group == x.key.name == "AP"
         ]
@@ -100,8 +101,14 @@ class Comparison:
             if names:
                 more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
                 listed = f"{', '.join(names[:MOST_NAMED])}{more}"
-                told.append(f"{kind.capitalize()} for {TASK_NAMES[task]}: {listed}.")
+                told.append(f"{kind.capitalize()} for {TASK_NAMES[task]} {ON_THESE}: {listed}.")
         return told
+
+
+def finding_text(difference: Difference) -> str:
+    """Returns the verdict for readers, with the caveat next to "better" and "worse"."""
+    found = difference.finding
+    return f"{found} {ON_THESE}" if found in (BETTER, WORSE) else found
 
 
 def _limit(max_detections: int) -> str:

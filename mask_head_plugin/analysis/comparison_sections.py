@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..pages.differences import BETTER, MARKS, WORSE, with_interval
 from ..pages.tables import NOTHING, Cell, Column, Table, number
-from .compare import ONE_TRAINING, Comparison, Difference
+from .compare import ONE_TRAINING, Comparison, Difference, finding_text
 from .diagnosis import TASK_NAMES
 from .oracles import GRID
 from .resampled import BOUNDARY, BY_CLASS, CALIBRATION, DENSITY, F1, F1_AT_HALF, IOU
@@ -78,8 +78,8 @@ def _table(differences: Sequence[Difference]) -> Table:
             [
                 *(Cell(name, name) for name in names),
                 *(Cell(number(value, ".1f"), value) for value in values),
-                Cell(with_interval(x.paired), x.paired.difference),
-                Cell(MARKS.get(x.finding, "") + x.finding, x.finding),
+                Cell(with_interval(x.paired, 1), x.paired.difference),
+                Cell(MARKS.get(x.finding, "") + finding_text(x), x.finding),
             ]
         )
     return Table(columns, rows)
@@ -123,4 +123,4 @@ def _difference(difference: Difference | None) -> Cell:
         return Cell(NOTHING, math.nan)
     found = difference.finding
     mark = MARKS[found] if found in (BETTER, WORSE) else ""
-    return Cell(mark + with_interval(difference.paired), difference.paired.difference)
+    return Cell(mark + with_interval(difference.paired, 1), difference.paired.difference)

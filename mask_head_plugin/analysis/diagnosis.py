@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..messages import counted, listed
 from ..pages.tables import number
 from .curves import ClassGap
-from .errors import KINDS, MEANINGS, MISSED
+from .errors import KINDS, MISSED
 from .mask_quality import BoxOffsets, MaskQuality, quality_rows
 from .measures import Findings
 from .oracles import grid_name
@@ -43,6 +43,15 @@ BRANCHES = {
     "perfect boxes": "box branch",
     "perfect classes": "classifier",
 }
+LOSSES = {
+    "class": "wrong classes",
+    "location": "inaccurate locations",
+    "both": "wrong classes in inaccurate locations",
+    "duplicate": "duplicates",
+    "background": "detections without an object",
+    "missed": "missed objects",
+}
+"""Words for KINDS after "lose most to"."""
 WHAT_IT_IS = {"box branch": " (its regression and the proposals)"}
 WEAK_OBJECTS = {
     "small": "small objects",
@@ -113,12 +122,13 @@ def _errors(findings: Findings) -> Iterator[str]:
         if not worth or not len(findings.scene.dt_image):
             continue
         first, *others = worth
-        more = "".join(f"; {name} {number(won[name], '.1f')}" for name in others)
         count = findings.errors[task][0.5].count(KINDS.index(first))
         what = "object" if KINDS.index(first) == MISSED else "detection"
+        then = [f"{LOSSES[name]} ({number(won[name], '.1f')})" for name in others]
         yield (
-            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs most, "
-            f"{number(won[first], '.1f')} AP50 ({counted(count, what)}){more}."
+            f"{TASK_NAMES[task].capitalize()} at IoU 0.5 lose most to {LOSSES[first]}: "
+            f"{number(won[first], '.1f')} AP50 ({counted(count, what)})"
+            f"{', then to ' * bool(then)}{' and '.join(then)}."
         )
 
 
@@ -142,8 +152,8 @@ def _branches(findings: Findings) -> Iterator[str]:
     told = [f"{name} would add {number(gain, '.1f')}" for name, gain in won.items()]
     best = BRANCHES[next(iter(won))]
     yield (
-        f"By branch, AP of {TASK_NAMES[findings.main_task]}: {', '.join(told)}. The largest "
-        f"gain is possible in the {best}{WHAT_IT_IS.get(best, '')}."
+        f"By branch, AP of {TASK_NAMES[findings.main_task]} (mean of IoU 0.5 to 0.95): "
+        f"{', '.join(told)}. The {best}{WHAT_IT_IS.get(best, '')} has the most to gain."
     )
 
 
@@ -201,7 +211,7 @@ def _area(quality: MaskQuality | None) -> Iterator[str]:
     if abs(ratio - 1) >= LEAST_AREA:
         size = "small" if ratio < 1 else "large"
         yield (
-            f"Masks are too {size}: their area is {100 * ratio:.0f}% of the true one (median of "
+            f"Masks are too {size}: their area is {100 * ratio:.1f}% of the true one (median of "
             f"{len(quality.objects):,} found objects)."
         )
 
@@ -212,14 +222,15 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
         return
     usual, *rows = quality_rows(findings.scene, quality)
     weak = [
-        f"{WEAK_OBJECTS[x.name]} (mean IoU {100 * x.iou:.0f}, {x.count:,} found)"
+        f"{WEAK_OBJECTS[x.name]} (mean IoU {100 * x.iou:.1f}, {x.count:,} found)"
         for x in sorted(rows, key=lambda x: x.iou)
         if x.count >= FEW and x.group != "class" and usual.iou - x.iou >= LEAST_WEAK
     ]
     if weak:
         yield (
-            f"Masks are worst on {' and '.join(weak[:2])}. The mean IoU of all found objects is "
-            f"{100 * usual.iou:.0f}."
+            f"Among groups of at least {FEW} found objects, masks are worst on "
+            f"{' and '.join(weak[:2])}. The mean IoU of all found objects is "
+            f"{100 * usual.iou:.1f}."
         )
 
 
@@ -235,7 +246,8 @@ def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[
         true, found = np.unravel_index(k, shares.shape)
         if shares[true, found] >= LEAST_CONFUSED:
             told.append(
-                f"{100 * shares[true, found]:.0f}% of {names[true]} found as {names[found]}"
+                f"{100 * shares[true, found]:.0f}% of the objects of class “{names[true]}” "
+                f"are taken for “{names[found]}”"
             )
     if told:
         yield f"Classes are confused: {'; '.join(told)}."

@@ -66,7 +66,7 @@ def render_markdown(analysis: Analysis, comparison: Comparison | None = None) ->
     for section in _sections(analysis, comparison):
         parts += [f"## {section.title}", section.text, markdown(section.table)]
         if section.key == "classes" and (flag := threshold_flag(analysis.thresholds)):
-            parts += ["For tools/demo.py and tools/predict.py:", f"```bash\n{flag}\n```"]
+            parts += ["For tools/demo.py and tools/predict.py:", f"```text\n{flag}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

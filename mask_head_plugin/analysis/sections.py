@@ -13,6 +13,7 @@ from .analysis import Analysis
 from .diagnosis import TASK_NAMES
 from .errors import KINDS, MEANINGS
 from .measures import ERROR_THRESHOLDS, SPECIAL_KINDS
+from .oracles import GRID
 from .oracles import MEANINGS as ORACLE_MEANINGS
 
 ERROR_TEXT = (
@@ -24,9 +25,10 @@ ERROR_TEXT = (
 ORACLE_TEXT = (
     "The AP if one branch were perfect and the others unchanged: an estimate of the most that "
     "improving this branch can gain. Perfect classes leave one detection on each object, as NMS "
-    "within each class would. Perfect masks are the true masks in full resolution; they do not pass through "
-    "the mask branch's grid. “Grid only” takes the true objects, with perfect boxes, classes and "
-    "scores, and crops and pastes their masks at the stated resolution."
+    "within each class would. Perfect masks are the true masks in full resolution; they do not "
+    "pass through the mask branch's grid, so their AP may exceed what the grid allows. “Grid only” "
+    "takes the true objects, with perfect boxes, classes and scores, and crops and pastes their "
+    "masks at the stated resolution. It is a limit, not a gain."
 )
 QUALITY_TEXT = (
     "Covers objects whose box was found (IoU 0.5, right class), regardless of their mask. Boundary "
@@ -119,7 +121,8 @@ def _oracles(analysis: Analysis) -> Table:
         row = [_text(name), _text(meaning)]
         for task in findings.scene.tasks:
             won = findings.value(task, "oracle", name) if name in oracles[task] else math.nan
-            row += [_value(findings.value(task, "AP", "AP") + won), _won(won)]
+            gain = _text("") if name.endswith(GRID) else _won(won)
+            row += [_value(findings.value(task, "AP", "AP") + won), gain]
         rows.append(row)
     return Table(columns, rows)
 
@@ -193,7 +196,7 @@ def _density_table(analysis: Analysis) -> Table:
 def facts(analysis: Analysis) -> list[tuple[str, str]]:
     """Returns the facts at the top of the page, as pairs of a name and a text."""
     scene, files = analysis.findings.scene, analysis.files
-    limit = f"{files.max_detections} per image and class" if files.max_detections >= 0 else "all"
+    limit = f"{files.max_detections:,} per image and class" if files.max_detections >= 0 else "all"
     pairs: Sequence[tuple[str, str]] = [
         ("data set", files.dataset),
         ("images", f"{len(scene.image_ids):,}"),

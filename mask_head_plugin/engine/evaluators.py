@@ -113,7 +113,8 @@ def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluat
     limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
     if limit != COCO_MAX_DETECTIONS:
         logger.info(
-            "AP on %s counts %s detections per image (TEST.DETECTIONS_PER_IMAGE), not COCO's %d",
+            "AP on %s counts %s detections per image and class (TEST.DETECTIONS_PER_IMAGE), not "
+            "COCO's %d",
             dataset_name,
             "all" if limit == ALL_DETECTIONS else limit,
             COCO_MAX_DETECTIONS,

@@ -31,7 +31,8 @@ def verdict_of_images(comparison: PairedDifference) -> str:
     return BETTER if comparison.low > 0 else WORSE
 
 
-def with_interval(comparison: PairedDifference) -> str:
+def with_interval(comparison: PairedDifference, decimals: int = 2) -> str:
     """Formats a difference and its interval as ``+0.50 (-0.10 to +1.10)``."""
-    low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
-    return f"{number(comparison.difference, '+.2f')} ({low} to {high})"
+    values = comparison.difference, comparison.low, comparison.high
+    difference, low, high = (number(x, f"+.{decimals}f") for x in values)
+    return f"{difference} ({low} to {high})"

@@ -92,7 +92,7 @@ def test_the_json_markdown_and_html_of_a_run_agree(tmp_path, capsys):
         assert sentence.replace("<", "&lt;")[:40] in page.replace("&#39;", "'")
     ap = f"{found['tasks']['segm']['AP']:.1f}"
     assert f"| masks | {ap} |" in text and f">{ap}</td>" in page
-    flag = re.search(r"```bash\n(--class-thresholds .*)\n```", text).group(1)
+    flag = re.search(r"```text\n(--class-thresholds .*)\n```", text).group(1)
     assert " bird=" in flag and "--class-thresholds 'dog <b>|x|</b>=" in flag
     # The page embeds its pictures, fetches nothing, and escapes names.
     assert page.count('src="data:image/jpeg') >= 6 and not re.search(r'(src|href)="http', page)
@@ -418,3 +418,12 @@ def test_a_comparison_says_if_the_runs_count_different_numbers_of_detections(tmp
         path.write_text(json.dumps({**json.loads(path.read_text()), "max_detections": limit}))
         assert tool(capsys, runs[0], "--compare", runs[1], "--draws", 2)[0] == 0
         assert (told in (runs[0] / "inference" / "analysis.md").read_text()) is is_told
+
+
+def test_a_grid_is_shown_as_a_limit_without_a_gain(tmp_path, capsys):
+    content = crowded_content(12)
+    run = write_run(tmp_path, content, perfect(content, worse))
+    assert tool(capsys, run)[0] == 0
+    text = (run / "inference" / "analysis.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| 28 x 28 grid only")]
+    assert re.search(r"\| \d+\.\d \| +\|$", row) and "+" not in row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -155,3 +156,17 @@ def test_the_figure_shows_the_differences_of_the_table(tmp_path):
         }
         assert dots["cat"] == pytest.approx(by_key[key]), title
     assert not any(math.isnan(x) for trace in classes.data for x in trace.x if x is not None)
+
+
+def test_better_and_worse_stand_next_to_their_caveat_and_numbers_have_one_decimal(tmp_path):
+    content = crowded_content(NUM_IMAGES)
+    ours = analysis_of(tmp_path, content, perfect(content, spoilt), "ours")
+    made = compare(ours, analysis_of(tmp_path, content, perfect(content), "theirs"), 20)
+    first, *others = made.sentences()
+    assert first.count("worse on these images (one training each)") == 2
+    assert others[-1].startswith("Worse for masks on these images (one training each): ")
+    table = comparison_sections(made)[0].table
+    findings = {row[-1].text for row in table.rows}
+    assert "▼ worse on these images (one training each)" in findings
+    cells = [cell.text for row in table.rows for cell in row[2:5]]
+    assert not [x for x in [first, *cells] if re.search(r"\d\.\d\d", x.split(": ", 1)[-1])]

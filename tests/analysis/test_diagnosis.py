@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +40,9 @@ def no_sentence_starts(sentences, *starts):
     assert not [x for x in sentences if x.startswith(starts)], sentences
 
 
+MASKS = "Among groups of at least 20 found objects, masks are worst"
 SHIFT, AREA = "Boxes lie", "Masks are too"
+LOST = ("Boxes at IoU 0.5 lose", "Masks at IoU 0.5 lose")
 CLASSES, SCORES = "Classes are confused", "Scores of some"
 GRID_28, GRID_56 = "28 x 28 grid only", "56 x 56 grid only"
 
@@ -47,7 +50,7 @@ GRID_28, GRID_56 = "28 x 28 grid only", "56 x 56 grid only"
 def test_a_perfect_model_gets_its_ap_and_no_findings(analysis_of):
     sentences = analysis_of(perfect(crowded_content())).diagnosis
     sentences_starting(sentences, "AP is 100.0 for boxes (AP50 100.0) and 100.0 for masks")
-    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of", "By branch")
+    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, *LOST, "By branch")
 
 
 def test_lowered_mask_logits_are_diagnosed_as_masks_that_are_too_small(analysis_of):
@@ -66,9 +69,9 @@ def test_lowered_mask_logits_are_diagnosed_as_masks_that_are_too_small(analysis_
     analysis = analysis_of(perfect(crowded_content(), shrink))
     sentences = analysis.diagnosis
     area, branch = sentences_starting(sentences, AREA, "By branch")
-    assert "too small" in area and branch.endswith("is possible in the mask branch.")
+    assert "too small" in area and branch.endswith("The mask branch has the most to gain.")
     assert "perfect boxes would add 0.0" in branch
-    no_sentence_starts(sentences, SHIFT, CLASSES, SCORES, "Errors of boxes")
+    no_sentence_starts(sentences, SHIFT, CLASSES, SCORES, "Boxes at IoU")
     missing, extra = analysis.quality.missing.sum(), analysis.quality.extra.sum()
     assert missing > 10 * extra
 
@@ -91,14 +94,48 @@ def test_shifted_boxes_are_diagnosed_with_distance_and_direction(analysis_of):
     assert oracles["perfect classes"] == 0 and base < 80
 
 
+def test_the_most_costly_errors_are_named_in_a_sentence(analysis_of):
+    content = crowded_content()
+
+    def exchange(result):
+        if result["image_id"] % 3 == 0:
+            result["category_id"] = result["category_id"] % 3 + 1
+
+    results = [x for k, x in enumerate(perfect(content, exchange)) if k % 8]
+    sentences = analysis_of(results).diagnosis
+    for sentence in sentences_starting(sentences, *LOST):
+        assert re.search(
+            r"lose most to wrong classes: \d+\.\d AP50 \(\d+ detections\), then to missed objects "
+            r"\(\d+\.\d\)\.$",
+            sentence,
+        ), sentence
+
+
+def test_the_finding_about_masks_names_the_smallest_size_of_a_group(analysis_of):
+    """Otherwise, a smaller group with worse masks in the table would contradict it."""
+
+    def spoil(result):
+        _, y, _, h = (int(v) for v in result["bbox"])
+        if result["category_id"] == 1:
+            mask = decode(result)
+            mask[y : y + h // 3] = 0
+            result["segmentation"] = encode(mask)
+
+    (sentence,) = sentences_starting(
+        analysis_of(perfect(crowded_content(), spoil)).diagnosis, MASKS
+    )
+    assert "masks are worst on objects with holes (mean IoU" in sentence
+
+
 def test_two_swapped_classes_are_diagnosed_as_confused(analysis_of):
     def exchange(result):
         result["category_id"] = {1: 1, 2: 3, 3: 2}[result["category_id"]]
 
     analysis = analysis_of(perfect(crowded_content(), exchange))
     sentence, branch = sentences_starting(analysis.diagnosis, CLASSES, "By branch")
-    assert "100% of cat found as bird" in sentence and "100% of bird found as cat" in sentence
-    assert "dog" not in sentence and "in the classifier" in branch
+    assert "100% of the objects of class “cat” are taken for “bird”" in sentence
+    assert "100% of the objects of class “bird” are taken for “cat”" in sentence
+    assert "dog" not in sentence and "The classifier has the most" in branch
     no_sentence_starts(analysis.diagnosis, SHIFT, AREA)
     assert analysis.findings.value("segm", "error", "class", 0.5) == pytest.approx(200 / 3)
 
@@ -164,7 +201,7 @@ def test_a_finer_grid_is_recommended_only_close_to_the_limit_of_the_grid(gains, 
 def test_a_run_without_detections_gets_a_single_sentence(analysis_of):
     sentences = analysis_of([]).diagnosis
     assert sentences[0] == "Nothing was detected: AP is 0, and every object is missed."
-    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of")
+    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, *LOST)
 
 
 def _text(rle):

@@ -14,8 +14,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.analysis.explanation import (
+    competition_figure,
+    pooling_figure,
+    stages_figure,
+)
 from mask_head_plugin.analysis.explanation import explain as explain_module
-from mask_head_plugin.analysis.explanation import pooling_figure, stages_figure
 from mask_head_plugin.analysis.explanation.competition_figure import claimed_pixel
 from mask_head_plugin.analysis.explanation.explain import embedded_image, explain
 from mask_head_plugin.analysis.explanation.model_stages import (
@@ -23,6 +27,7 @@ from mask_head_plugin.analysis.explanation.model_stages import (
     features_of_box,
     run_stages,
 )
+from mask_head_plugin.analysis.explanation.pooling_reads import pooling_reads
 from mask_head_plugin.analysis.explanation.style import DPI, PAGE_INCHES
 from mask_head_plugin.engine.predictor import BGRPredictor, load_predictor
 from mask_head_plugin.structures import run_lengths
@@ -113,6 +118,33 @@ def test_rounded_boxes_are_shown_completely_on_one_page(stages, roi):
     cells = np.array(roi) / 4
     assert rounded.get_xlim()[0] < cells[0] - 1 and rounded.get_xlim()[1] > cells[2] + 2
     assert rounded.get_ylim()[1] < cells[1] - 1 and rounded.get_ylim()[0] > cells[3] + 2
+
+
+def test_the_lines_of_roi_pools_bins_bound_the_cells_that_each_bin_reads(stages):
+    figure = pooling_figure.pooling_figure(stages, 0, 0)
+    reads = pooling_reads("RoIPool", stages.rois[0] / 4, stages.map_hws[0], 6, 2)
+    lines = [x.get_segments() for x in figure.axes[0].collections]
+    drawn = {
+        round(float(x), 6) for segments in lines for (x, _), (other, _) in segments if x == other
+    }
+    for weights in reads.x.weights:
+        cells = np.flatnonzero(weights)
+        assert {cells[0], cells[-1] + 1} <= drawn
+    across = np.linspace(reads.x.start, reads.x.end, 7)
+    assert not {x for x in across.tolist() if not x.is_integer()} & drawn
+
+
+def test_both_halves_of_the_competition_have_the_same_axes(stages):
+    sigmoid = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(0))
+    figure = competition_figure.competition_figure(stages, 0, sigmoid, sigmoid / 5)
+    for _ in range(2):
+        figure.draw_without_rendering()
+    bars = [axes for axes in figure.axes if axes.get_xlabel().startswith("Probability at")]
+    first, second = (axes.get_window_extent() for axes in bars)
+    assert (first.x0, first.x1) == pytest.approx((second.x0, second.x1), abs=1)
+    assert all("which most classes claim" in axes.get_xlabel() for axes in bars)
+    width = figure.get_window_extent().x1
+    assert all(axes.xaxis.label.get_window_extent().x1 <= width for axes in bars)
 
 
 def test_with_many_classes_the_strip_shows_the_chosen_and_the_most_probable(stages):

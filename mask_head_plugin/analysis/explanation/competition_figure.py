@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,17 @@ def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Te
         half.suptitle(text, x=0.01, ha="left", color=INK, fontsize=9)
         shown = {stages.names[k]: probs[k] for k in classes}
         if text == SOFTMAX:
-            shown["background"] = 1 - probs.sum(0)
-            if len(classes) < len(probs):
-                shown["other classes"] = probs.sum(0) - probs[classes].sum(0)
+            rest = 1 - probs.sum(0), probs.sum(0) - probs[classes].sum(0)
+            shown |= dict(zip(_besides(classes, softmax), rest, strict=False))
         rows = half.add_gridspec(2, 1, height_ratios=(1, 1.5))
         strip = rows[0].subgridspec(1, len(classes) + 2)
         for place, (label, each) in enumerate(shown.items()):
             axes = half.add_subplot(strip[place])
             _draw_map(axes, each, label, pixel, is_chosen=label == name)
         values = {label: float(each[pixel]) for label, each in shown.items()}
+        if text == SIGMOID:
+            # With the same rows, both halves have the same layout and bars can be compared.
+            values |= dict.fromkeys(_besides(classes, softmax), math.nan)
         _draw_bars(half.add_subplot(rows[1]), values, name, shared=text == SOFTMAX)
     return figure
 
@@ -81,6 +84,11 @@ def _shown(chosen: int, sigmoid: Tensor, softmax: Tensor) -> list[int]:
     return sorted([chosen, *others[: MOST_CLASSES - 1]])
 
 
+def _besides(classes: list[int], softmax: Tensor) -> list[str]:
+    """Returns what shares a pixel with the shown classes if they compete."""
+    return ["background", *["other classes"] * (len(classes) < len(softmax))]
+
+
 def _draw_map(
     axes: Axes, probs: Tensor, label: str, pixel: tuple[int, int], *, is_chosen: bool
 ) -> None:
@@ -97,17 +105,22 @@ def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool)
     colours = {label: CHOSEN if label == name else BLUE for label in values}
     colours["background"] = FAINT
     labels = list(values)
-    bars = axes.barh(labels, list(values.values()), color=[colours[x] for x in labels], height=0.7)
-    axes.bar_label(bars, [f"{x:.2f}" for x in values.values()], padding=3, fontsize=7.5)
+    known = {label: x for label, x in values.items() if not math.isnan(x)}
+    widths = [known.get(label, 0.0) for label in labels]
+    bars = axes.barh(labels, widths, color=[colours[x] for x in labels], height=0.7)
+    told = [f"{known[x]:.2f}" if x in known else "takes no part" for x in labels]
+    axes.bar_label(bars, told, padding=3, fontsize=7.5)
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (3, 2)))
     axes.text(0.51, -0.75, "in the mask if at least 0.5", fontsize=7, color=INK, va="center")
     axes.set(xlim=(0, 1.08), ylim=(len(labels) - 0.5, -1.1), xticks=np.linspace(0, 1, 6))
     claims = sum(value >= 0.5 for label, value in values.items() if label != "background")
-    told = (
-        f"{claims} of {len(values)} classes claim the circled pixel without taking it from others"
-    )
+    said = f"{claims} of {len(known)} classes claim it, without taking it from others"
     if shared:
-        told = "Whatever one class gains at the circled pixel, others lose: bars add up to 1"
-    axes.set_xlabel(f"Probability. {told}.", loc="left")
+        said = "Whatever one class gains there, others lose: bars add up to 1"
+    axes.set_xlabel(
+        f"Probability at the circled pixel, which most classes claim.\n{said}.",
+        loc="left",
+        multialignment="left",
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from .model_stages import Stages
-from .pooling_reads import ROUNDED, WAYS, FloatArray, Reads, pooling_reads
+from .pooling_reads import ROUNDED, WAYS, AxisReads, FloatArray, Reads, pooling_reads
 from .style import (
     BLUE,
     FAINT,
@@ -27,7 +27,7 @@ from .style import (
 
 WHAT_IT_DOES = {
     "RoIPool": (
-        "Rounds box and bins (drawn unrounded) to whole cells.\n"
+        "Rounds box and bins to whole cells, so bins may overlap.\n"
         "A bin takes the maximum over its cells, per channel."
     ),
     "RoIWarp": (
@@ -142,6 +142,18 @@ def _marked_bin(num_bins: int) -> tuple[int, int]:
     return num_bins // 2, num_bins - 1
 
 
+def _bin_edges(way: str, axis: AxisReads) -> FloatArray:
+    """Returns the positions of all edges of bins along one axis, in cells.
+
+    RoIPool's bins consist of whole cells. Where two of them share a cell, both of its edges are
+    returned.
+    """
+    if way != "RoIPool":
+        return np.linspace(axis.start, axis.end, len(axis.weights) + 1)
+    cells = [np.flatnonzero(weights) for weights in axis.weights]
+    return np.unique([x for of_bin in cells if len(of_bin) for x in (of_bin[0], of_bin[-1] + 1)])
+
+
 def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
     """Draws the RoI as the operator uses it, its bins and points, and the cells of one bin."""
     x0, y0, x1, y1 = reads.box
@@ -152,10 +164,10 @@ def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
         share = 0.25 + 0.6 * cells[i, j] / cells.max()
         axes.add_patch(Rectangle((j, i), 1, 1, facecolor=ORANGE, alpha=share, linewidth=0))
     inner: Style = {"color": BLUE, "linewidth": 0.8}
-    axes.hlines(np.linspace(y0, y1, num_bins + 1), x0, x1, **inner)
-    axes.vlines(np.linspace(x0, x1, num_bins + 1), y0, y1, **inner)
+    axes.hlines(_bin_edges(reads.way, reads.y), x0, x1, **inner)
+    axes.vlines(_bin_edges(reads.way, reads.x), y0, y1, **inner)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=BLUE, lw=1.8))
-    exact: Style = {"fill": False, "ec": INK, "lw": 1.4, "ls": (0, (3, 2))}
+    exact: Style = {"fill": False, "ec": INK, "lw": 1.4, "ls": (0, (3, 2)), "zorder": 2.5}
     axes.add_patch(Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], **exact))
     xs, ys = np.meshgrid(reads.x.samples.ravel(), reads.y.samples.ravel())
     axes.plot(xs.ravel(), ys.ravel(), "o", color=BLUE, markersize=2)
@@ -169,9 +181,10 @@ def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
     for i, j in itertools.product(reads.y.neighbours[row, 0], reads.x.neighbours[column, 0]):
         line: Style = {"color": INK, "linewidth": 1, "zorder": 3}
         axes.plot([xs[0], j + 0.5], [ys[0], i + 0.5], "-", **line)
-        axes.plot(j + 0.5, i + 0.5, "s", color=INK, markersize=3, zorder=3)
+        # Above the points, because one of them may lie at the centre of a cell.
+        axes.plot(j + 0.5, i + 0.5, "s", color=INK, markersize=2.8, zorder=5)
     for y, x in itertools.product(ys, xs):
-        axes.plot(x, y, "o", color=VERMILION, markersize=4, zorder=4)
+        axes.plot(x, y, "o", color=VERMILION, markersize=5, zorder=4)
 
 
 def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatArray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from ...messages import counted
 from .model_stages import FloatArray, Stages
 from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, name_below, page_figure
 
-MOST_PROPOSALS = 25
+MOST_PROPOSALS = 12
 MOST_MASKS = 8
 """Largest number of masks in the strip: the chosen one and those with the highest probabilities."""
+
+TEXT_COLUMNS = 112
+"""Characters per line of a text as wide as the page."""
 
 MOST_ELONGATED = 2.5
 """Largest ratio of the sides of a picture. If an image is more elongated, only a part is shown."""
@@ -102,13 +106,13 @@ def _drawn(stages: Stages, number: int) -> dict[int, str]:
 
 def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArray) -> None:
     told = (
-        f"The {len(proposals)} likeliest of {len(stages.proposals)} boxes that may\n"
+        f"The {len(proposals)} of {len(stages.proposals)} boxes that most likely\n"
         "contain an object of any class"
     )
     _image(axes, stages, number, "1  Region proposals", told)
     for box in proposals:
-        _box(axes, box, "white", 1.6, alpha=0.7)
-        _box(axes, box, INK, 0.6)
+        _box(axes, box, "white", 1.3, alpha=0.7)
+        _box(axes, box, INK, 0.5)
 
 
 def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
@@ -149,18 +153,23 @@ def _draw_strip(
     classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
     agnostic = len(probs) == 1 < len(stages.names)
     several = figure.add_subfigure(row)
-    told = "one for each class,\ncomputed independently"
+    told = "one for each class, computed independently"
     if len(probs) == 1:
         told = "one for all classes" if agnostic else "one for the only class"
     elif stages.classes_compete:
-        told = "one for each class,\nwhich compete for each pixel"
+        told = "one for each class, which compete for each pixel"
     picks = "" if len(probs) == 1 else ". The class of the box picks one"
     which = f"; {len(classes)} of {len(probs)} are shown" if len(classes) < len(probs) else ""
     size = f"{probs.shape[1]} x {probs.shape[2]}"
-    said = f"The mask branch draws masks of {size} pixels (white: probability 1), {told}"
+    bins = " x ".join(map(str, stages.pooled_hw))
+    said = (
+        f"RoI pooling (RoIAlign in the paper) reads the features of the box in {bins} bins. From "
+        f"them, the mask branch draws masks of {size} pixels (white: probability 1), {told}"
+    )
     style: Style = {"x": 0.01, "ha": "left", "color": INK}
-    several.suptitle("3  Masks of the thick box", fontsize=9, **style)
-    several.supxlabel(f"{said}{picks}{which}.", fontsize=7.5, multialignment="left", **style)
+    several.suptitle("3  Features and masks of the thick box", fontsize=9, **style)
+    words = textwrap.fill(f"{said}{picks}{which}.", TEXT_COLUMNS)
+    several.supxlabel(words, fontsize=7.5, multialignment="left", **style)
     for axes, k in zip(np.atleast_1d(several.subplots(1, len(classes))), classes, strict=True):
         blank(axes)
         axes.imshow(probs[k].numpy(), vmin=0, vmax=1, cmap="gray")
