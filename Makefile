@@ -6,7 +6,7 @@
 # make test-oldest   runs all tests with the lowest versions that setup.cfg allows, on Python 3.10
 # make clean   removes the environments, caches and the embedded data set, but no results
 #
-# All but clean first set up the environment if it is missing.
+# All but clean first set up the environment if it is missing or its requirements have changed.
 # PYTHON=...   uses this interpreter, of an environment with detectron2, instead of .venv
 
 VENV := .venv
@@ -27,7 +27,7 @@ else
 ENVIRONMENT := own-environment
 endif
 
-.PHONY: train test test-oldest lint docs gpu clean own-environment
+.PHONY: train test test-oldest lint docs gpu clean own-environment always
 
 train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
@@ -53,22 +53,28 @@ docs: $(ENVIRONMENT)
 gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
-# This file is written last, so after an interruption, make runs the installation again.
-$(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
-	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
-	$(BOOTSTRAP_PYTHON) -m venv $(VENV)
-	$(call install,$(VENV),requirements.txt)
+$(VENV)/.complete: always
+	$(call set_up,$(VENV),$(BOOTSTRAP_PYTHON),requirements.txt)
 
-$(OLDEST)/.complete: requirements-oldest.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
-	@echo "Setting up $(OLDEST): about 6 GB, some minutes; needs Python 3.10"
-	$(OLDEST_PYTHON) -m venv $(OLDEST)
-	$(call install,$(OLDEST),requirements-oldest.txt)
+$(OLDEST)/.complete: always
+	$(call set_up,$(OLDEST),$(OLDEST_PYTHON),requirements-oldest.txt)
 
-define install
-$(1)/bin/python -m pip install --progress-bar on -r $(2)
-$(1)/bin/python tools/install_detectron2.py
-$(1)/bin/python -m pip install --no-deps --no-build-isolation -e .
-@touch $(1)/.complete
+# Sets up the environment $(1) with the interpreter $(2) and the requirements $(3). Its file
+# .complete is a copy of all that determines what is installed: times of files change with every
+# checkout. It is written last, so after an interruption, make runs the installation again.
+INSTALLER := setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
+define set_up
+@if cat $(3) $(INSTALLER) | cmp -s - $(1)/.complete; then \
+	echo "The environment $(1) is up to date"; \
+else \
+	echo "Installing $(3) and detectron2 into $(1): about 6 GB (PyTorch with its CUDA libraries)," \
+		"some minutes" && \
+	$(2) -m venv $(1) && \
+	$(1)/bin/python -m pip install --progress-bar on -r $(3) && \
+	$(1)/bin/python tools/install_detectron2.py && \
+	$(1)/bin/python -m pip install --no-deps --no-build-isolation -e . && \
+	cat $(3) $(INSTALLER) > $(1)/.complete; \
+fi
 endef
 
 own-environment:
