@@ -25,6 +25,9 @@ PACKAGED = Path(__file__).parent / "configs"
 
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
+_ZOO_PREFIXES = {"LVISv0.5-InstanceSegmentation": "v0.5_", "LVISv1-InstanceSegmentation": "v1_"}
+"""Folders of detectron2's model zoo, and what the names of their configs start with here."""
+
 
 def add_mask_head_config(cfg: CfgNode) -> None:
     """Adds the plugin's keys, with their defaults, to detectron2's config.
@@ -138,9 +141,12 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # "validation/total_loss", the lowest value is best. With "", no model_best.pth is written.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
 
-    # A run ends early after PATIENCE evaluations in a row without a new best value of METRIC.
-    # METRIC can be any metric that CHECKPOINT_BEST_METRIC accepts. If it is "", no run ends early.
-    cfg.SOLVER.EARLY_STOPPING = CfgNode({"METRIC": "", "PATIENCE": 5})
+    stopping = cfg.SOLVER.EARLY_STOPPING = CfgNode()
+    # Any metric that CHECKPOINT_BEST_METRIC accepts. A run ends early after PATIENCE evaluations in
+    # a row without a new best value of it. With "", no run ends early.
+    stopping.METRIC = ""
+    # Number of evaluations in a row without a new best value of METRIC after which a run ends.
+    stopping.PATIENCE = 5
 
     # Whether an evaluation also computes the training losses on DATASETS.TEST, averaged over
     # images: validation/total_loss, validation/loss_mask and so on. See engine/validation_loss.py.
@@ -430,7 +436,15 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def _similar_file(path: str) -> str:
+    """Returns a hint at a file of the same or a similar name, in its folder or in the package.
+
+    The same name comes first: configs of detectron2's model zoo are in other folders here.
+    """
     name = Path(path)
-    folders = (name.parent, PACKAGED / name.parent)
-    nearest = nearest_name(name.name, sorted(p.name for x in folders for p in x.glob("*.yaml")))
-    return f"; did you mean {name.parent / nearest}?" if nearest else ""
+    packaged = {file.stem: file.relative_to(PACKAGED) for file in PACKAGED.rglob("*.yaml")}
+    beside = {file.stem: file for file in name.parent.glob("*.yaml")}
+    known = packaged | beside
+    # Without the extension, which would make all names similar.
+    stem = _ZOO_PREFIXES.get(name.parent.name, "") + name.stem
+    nearest = stem if stem in known else nearest_name(stem, sorted(known), 0.8)
+    return f"; did you mean {known[nearest]}?" if nearest else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 
@@ -58,6 +59,29 @@ def test_the_error_for_a_missing_file_names_the_nearest_one():
         ConfigError, match=r"does not exist; did you mean .*mask_rcnn_shapes.yaml\?"
     ):
         load_config(str(CONFIGS / "shapes" / "mask_rcnn_shape.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml", "coco/mask_rcnn_R_50_FPN_3x.yaml"),
+        ("mask_rcnn_R_50_FPN_3x.yaml", "coco/mask_rcnn_R_50_FPN_3x.yaml"),
+        ("coco/mask_rcnn_R_50_FPN_3.yaml", "coco/mask_rcnn_R_50_FPN_3x.yaml"),
+        (
+            "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+            "lvis/v1_mask_rcnn_R_50_FPN_1x.yaml",
+        ),
+    ],
+)
+def test_the_error_for_a_missing_file_names_the_packaged_counterpart(name, meant):
+    with pytest.raises(ConfigError, match=rf"does not exist; did you mean {re.escape(meant)}\?$"):
+        load_config(name)
+    load_config(meant)
+
+
+def test_the_error_for_a_missing_file_names_nothing_if_nothing_is_similar():
+    with pytest.raises(ConfigError, match=r"nope\.yaml does not exist$"):
+        load_config("nope.yaml")
 
 
 @pytest.mark.parametrize(
