@@ -180,7 +180,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             self._source,
             resuming=resuming,
             class_layers=class_tensors(self.model),
-            named=named is not None,
+            named=named,
         )
         name_classes(self.model, names)
         return None  # everything is already logged

@@ -73,8 +73,8 @@ def match_classes(
         return found
     if match.new and policy.whole and policy.strict:
         raise ConfigError(
-            f"{source} was not trained on all classes of the data set ({match}); evaluate on a "
-            f"data set with the file's classes, or {LENIENT}"
+            f"{source} was not trained on all classes of the data set ({match}); use the config of "
+            f"the data set it was trained on, or {LENIENT}"
         )
     if not _has_known_rows(model):
         if policy.keeps_classes or (policy.whole and len(found) == len(own)):

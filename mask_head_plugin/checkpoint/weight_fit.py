@@ -101,7 +101,7 @@ class Fit:
 
     def __str__(self) -> str:
         shapes = [
-            f"{name} {tuple(found)} for {tuple(own)}"
+            f"{name} is {tuple(found)} in the file and {tuple(own)} in the model"
             for name, (found, own) in self.wrong_shape.items()
         ]
         parts = [
@@ -191,7 +191,7 @@ def refuse_or_tell(
     *,
     resuming: bool = False,
     class_layers: Iterable[str] = (),
-    named: bool = False,
+    named: Sequence[str] | None = None,
 ) -> None:
     """Raises an error if weights do not fit their model; otherwise logs what stays untrained.
 
@@ -204,7 +204,7 @@ def refuse_or_tell(
         source: path of the weights.
         resuming: whether a run is resumed, which requires the weights of that run.
         class_layers: names of the model's tensors that have a row for each class.
-        named: whether the file names its classes.
+        named: the classes of the file, if it names them.
 
     Raises:
         ConfigError: if nothing fits, or if the weights do not fit and either the policy is strict
@@ -248,19 +248,33 @@ def refuse_or_tell(
         logger.warning("%s does not fit the model; only what fits is loaded: %s", source, told)
         return
     elif fit.wrong_shape and set(fit.wrong_shape) <= set(class_layers):
-        nameless = (
-            "the file does not name its classes (add the names with export_weights.py --classes-of)"
-        )
-        if named:
-            nameless = (
-                "the first data set does not name its classes, or names the wrong number of them"
-            )
-        advice = f"these rows belong to other classes, and {nameless}; {policy.advice}"
-        if policy.keeps_classes:
-            advice = "set MODEL.ROI_HEADS.NUM_CLASSES to the number of classes in the file"
+        advice = _advice_on_classes(policy, named)
     else:
         advice = policy.advice
     raise ConfigError(f"{source} does not fit the model: {told}; {advice}")
+
+
+def _advice_on_classes(policy: WeightsPolicy, named: Sequence[str] | None) -> str:
+    """Says what to do about weights of which only the rows that belong to classes do not fit.
+
+    Args:
+        policy: which weights the run accepts.
+        named: the classes of the file, if it names them.
+    """
+    if policy.keeps_classes:
+        which, number = "", "to the number of its classes"
+        if named:
+            which, number = f", with the classes {listed(named)}", str(len(named))
+        return (
+            f"the file was trained on another data set{which}; use the config of that data set, or "
+            f"set MODEL.ROI_HEADS.NUM_CLASSES {number}"
+        )
+    nameless = (
+        "the file does not name its classes (add the names with export_weights.py --classes-of)"
+    )
+    if named:
+        nameless = "the first data set does not name its classes, or names the wrong number of them"
+    return f"these rows belong to other classes, and {nameless}; {policy.advice}"
 
 
 def _is_detector(fit: Fit) -> bool:

@@ -185,7 +185,8 @@ def test_a_backbone_of_another_shape_is_an_error_unless_lenient(tmp_path, by_end
     weights = trunk_of(wide)
     content = {"model": {short(n): x for n, x in weights.items()} if by_ends else weights}
     content["matching_heuristics"] = by_ends
-    place = r"backbone\.bottom_up\.\S+\.weight \(\d+, \d+, \d, \d\) for \(\d+, \d+, \d, \d\)"
+    shape = r"\(\d+, \d+, \d, \d\)"
+    place = rf"backbone\.bottom_up\.\S+\.weight is {shape} in the file and {shape} in the model"
     with pytest.raises(ConfigError, match=rf"wide\.pth does not fit .*of another shape: .*{place}"):
         load(model_of(), tmp_path / "wide.pth", **content)
     model = model_of()
@@ -385,7 +386,10 @@ def test_another_number_of_classes_without_names_is_an_error_with_advice(tmp_pat
         load(with_classes("FPN", ["cat", "dog"]), tmp_path / "five.pth", policy, **content)
     told = str(caught.value)
     assert "five.pth does not fit" in told
-    assert "roi_heads.box_predictor.cls_score.weight (6, 32) for (3, 32)" in told
+    assert (
+        "roi_heads.box_predictor.cls_score.weight is (6, 32) in the file and (3, 32) in the model"
+        in told
+    )
     assert "MODEL.WEIGHTS_STRICT False" in told
     missing = "data set does not name" if named == "file" else "file does not name its classes"
     assert missing in told

@@ -137,7 +137,7 @@ PREDICTOR = "roi_heads.mask_head.predictor"
         (lambda w: w.update({"a.b": np.zeros(2)}), r"1 not in the model: a\.b; "),
         (
             lambda w: w.update({f"{PREDICTOR}.bias": np.zeros(7)}),
-            rf"1 of another shape: {PREDICTOR}.bias \(7,\) for \(5,\); ",
+            rf"1 of another shape: {PREDICTOR}.bias is \(7,\) in the file and \(5,\) in ",
         ),
         (
             lambda w: [w.pop(x) for x in list(w) if x.endswith(("fc1.weight", "norm.bias"))],

@@ -531,6 +531,11 @@ def test_files_with_the_same_name_are_numbered_and_repeated_inputs_used_once(ima
         (["--opts", "INPUT.FORMAT", "BRG"], "INPUT.FORMAT"),
         (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "of another shape: roi_heads."),
         (
+            ["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"],
+            "another data set, with the classes ring, star, cross, crescent, arrow; use the config "
+            "of that data set, or set MODEL.ROI_HEADS.NUM_CLASSES 5",
+        ),
+        (
             ["--semantic", "--opts", *NO_MASKS],
             "--semantic needs masks, but MODEL.MASK_ON is False",
         ),
