@@ -17,6 +17,16 @@ with warnings.catch_warnings():
         from . import data, modeling
         from .config import ConfigError, add_mask_head_config, load_config
 
+# detectron2's anchors call torch.meshgrid in a form that PyTorch will change. PyTorch says so once
+# in each process, whoever calls it. Because of append, your own filters have priority.
+warnings.filterwarnings(
+    "ignore",
+    r"torch\.meshgrid: in an upcoming release",
+    UserWarning,
+    r"torch\.functional$",
+    append=True,
+)
+
 # The log messages of this package go to the same handlers as those of detectron2.
 logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from quick_processes import run_script
 
 PACKAGE = "mask_head_plugin"
 TOOLS = [
@@ -164,6 +165,17 @@ warnings.warn("`torch.jit.script` is deprecated", FutureWarning)
     assert "FutureWarning: `torch.jit.script` is deprecated" in after, (
         "a call in the user's code must still warn"
     )
+
+
+def test_only_detectron2s_call_of_meshgrid_gives_no_warning(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import warnings, torch, mask_head_plugin\n"
+        "torch.meshgrid(torch.ones(2), torch.ones(2))\n"
+        "warnings.warn('torch.meshgrid: in an upcoming release')\n"
+    )
+    told = run_script(str(script)).stderr
+    assert "functional.py" not in told and "script.py:3: UserWarning: torch.meshgrid" in told
 
 
 def test_a_warning_caused_by_the_plugin_fails_a_test():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import warnings
 
 import flags
 
@@ -95,8 +94,6 @@ def main() -> int:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mask_head_plugin.deploy").setLevel(logging.INFO)
-    # PyTorch's advice concerns detectron2's code, which you cannot change.
-    warnings.filterwarnings("ignore", "torch.meshgrid")
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts = [*import_options(args.imports), *weights, *args.opts]
     size = tuple(args.size) if args.size else None

@@ -84,7 +84,6 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="new_config.py: %(message)s")
     # PyTorch's advice concerns detectron2's code, which you cannot change.
-    warnings.filterwarnings("ignore", "torch.meshgrid")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     val = args.val and DataFiles(args.val, args.val_images or args.train_images)
     request = Request(
