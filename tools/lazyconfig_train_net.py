@@ -50,6 +50,10 @@ def main() -> int:
     except (ConfigError, launch.RankError, FloatingPointError) as error:
         print(f"lazyconfig_train_net.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        told = "interrupted; with --resume, it continues from its newest checkpoint"
+        print(f"lazyconfig_train_net.py: {told}", file=sys.stderr)
+        return 130
     return 0
 
 

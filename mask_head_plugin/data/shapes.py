@@ -257,7 +257,7 @@ def ensure_shapes(folder: Path, split: str) -> None:
     if (folder / annotations).is_file():
         return
     logger = logging.getLogger(__name__)
-    logger.info("drawing the %d images of shapes_%s in a few seconds", NUM_IMAGES[split], split)
+    logger.info("drawing the %d images of shapes_%s (once)", NUM_IMAGES[split], split)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:

@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..config import ConfigError
 from .guards import TrainingError
+from .interruption import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def launch(
         ConfigError: if the numbers contradict each other or there are too few GPUs. Also if a
             process raised a ConfigError; the message then starts with the process's rank.
         TrainingError: if a process raised it.
+        Interrupted: after Ctrl-C. With several processes, no checkpoint is written.
         RankError: if a process was killed, or if it failed for another reason. In the second case,
             the message includes the traceback.
     """
@@ -110,6 +112,8 @@ def launch(
     except ChildFailedError as error:
         raise _explain(error) from None
     except SignalException as error:  # the launcher has already ended the processes
+        if error.sigval == signal.SIGINT:
+            raise Interrupted from None
         raise SystemExit(128 + error.sigval) from None
 
 

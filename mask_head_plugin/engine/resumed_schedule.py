@@ -7,9 +7,10 @@ would override a changed config, and the run's config.yaml would be wrong.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from torch import nn
 from torch.optim import Optimizer
@@ -33,6 +34,39 @@ GROUPS = "parameter_groups"
 
 It exists only if SOLVER.LR_FACTORS or LAYER_DECAY defines groups.
 """
+
+
+SCHEDULE_KEYS = (
+    *("MAX_ITER", "LR_SCHEDULER_NAME", "STEPS", "GAMMA", "NUM_DECAYS", "RESCALE_INTERVAL"),
+    *("BASE_LR_END", "WARMUP_ITERS", "WARMUP_FACTOR", "WARMUP_METHOD"),
+)
+"""Keys of SOLVER that determine the factor by which the learning rate is multiplied."""
+
+
+def schedule_of(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the SCHEDULE_KEYS of a config with their values, to be stored in a checkpoint."""
+    return {key: cfg.SOLVER[key] for key in SCHEDULE_KEYS}
+
+
+def warn_of_schedule(cfg: CfgNode, saved: Mapping[str, Any]) -> None:
+    """Warns that the learning rate will follow another schedule than before the checkpoint.
+
+    Args:
+        cfg: the run's config.
+        saved: result of ``schedule_of`` in the run that wrote the checkpoint. Empty if that run did
+            not store it.
+    """
+    now = schedule_of(cfg)
+    changes = [
+        f"SOLVER.{key} {now[key]} instead of {value}"
+        for key, value in saved.items()
+        if key in now and now[key] != value
+    ]
+    if changes:
+        logger.warning(
+            "the schedule of the learning rate has changed since the checkpoint: %s",
+            ", ".join(changes),
+        )
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:

@@ -120,7 +120,8 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
-        results = trainer.train()
+        trainer.train()
+        results = getattr(trainer, "_last_eval_results", None)  # none without DATASETS.TEST
     if comm.is_main_process() and results and "bbox" in results:
         logger.info("to see the model's errors: python tools/analyze.py %s", cfg.OUTPUT_DIR)
     return results

@@ -13,21 +13,9 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-)
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    TrainerBase,
-    hooks,
-)
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    print_csv_format,
-    verify_results,
-)
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator, print_csv_format, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
@@ -43,9 +31,7 @@ from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import ImageNamingMapper, TrainLoader, seed_generators
 from ..durable_files import sole_writer
-from ..evaluation import (
-    write_contact_sheet,
-)
+from ..evaluation import write_contact_sheet
 from ..image_file_mapper import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
@@ -65,9 +51,16 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .interruption import Interruption
 from .optimizer import build_optimizer, group_names
 from .resumable_evaluation import evaluate_dataset
-from .resumed_schedule import GROUPS, check_optimizer, load_keeping_config
+from .resumed_schedule import (
+    GROUPS,
+    check_optimizer,
+    load_keeping_config,
+    schedule_of,
+    warn_of_schedule,
+)
 from .validation_loss import add_losses, check_losses, validation_losses
 from .weight_average import WeightAverage, resume_average
 
@@ -127,7 +120,8 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-        self.register_hooks([Resume(self._hooks)])
+        self._interruption = Interruption(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        self.register_hooks([Resume(self._hooks), self._interruption])
         if comm.is_main_process():
             # After the writers, so that no metrics are lost if drawing fails.
             self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
@@ -178,7 +172,8 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.evaluated_model)
-        results = evaluate(self.cfg, self.evaluated_model)
+        with self._interruption.at_once():
+            results = evaluate(self.cfg, self.evaluated_model)
         # Keeps results without augmentation when those with augmentation are added.
         self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
@@ -223,9 +218,11 @@ class Trainer(DefaultTrainer):
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
         if goes_on:  # as seen by the main process; others may not see the file
-            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            checkpoint = self.checkpointer.get_checkpoint_file()
+            self.checkpointer.load(checkpoint)
             self.start_iter = self.iter + 1  # the checkpoint's iteration was completed
-            logger.info("resumed, so MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
+            if self.cfg.MODEL.WEIGHTS:
+                logger.info("resumed from %s, so MODEL.WEIGHTS is ignored", checkpoint)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             _forget_unmatched_classes(self.cfg, self.checkpointer.model)
@@ -233,7 +230,11 @@ class Trainer(DefaultTrainer):
                 self.average.start(self.model)
         if resume and not goes_on:
             where = self.cfg.OUTPUT_DIR
-            logger.warning("no checkpoint in OUTPUT_DIR %s: starting from the beginning", where)
+            logger.warning(
+                "--resume: no checkpoint in OUTPUT_DIR %s, so this run starts from the beginning. "
+                "To continue an earlier run, stop now (Ctrl-C) and set OUTPUT_DIR to its folder",
+                where,
+            )
         elif not resume:
             comm.synchronize()  # other processes may still be reading that run's MODEL.WEIGHTS
             if comm.is_main_process():
@@ -249,11 +250,13 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ConfigError: if another run is writing to OUTPUT_DIR.
+            Interrupted: after Ctrl-C, with a checkpoint; see interruption.Interruption.
         """
         self._guard.seed = self._trainer.seed = self.seed
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.go_to(self.seed, self.start_iter)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._interruption.watched())
             if comm.is_main_process():
                 stack.enter_context(sole_writer(Path(self.cfg.OUTPUT_DIR)))
             check_chosen_objects(self.cfg)
@@ -293,6 +296,7 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         scalars = scalar_state(self.storage)
         own = {"seed": self.seed, "world_size": comm.get_world_size(), "scalars": scalars}
+        own["schedule"] = schedule_of(self.cfg)
         if self.average:
             own |= self.average.trained(self.model)
         if self.cfg.SOLVER.LR_FACTORS or self.cfg.SOLVER.LAYER_DECAY != 1:
@@ -304,6 +308,7 @@ class Trainer(DefaultTrainer):
         resume_average(self.average, self.model, state_dict)
         load = functools.partial(super().load_state_dict, state_dict)
         load_keeping_config(self.optimizer, self.scheduler, load)
+        warn_of_schedule(self.cfg, state_dict.get("schedule", {}))
         if state_dict.get("world_size") != comm.get_world_size():
             logger.warning(
                 "the checkpoint comes from a run with %s processes, but this run has %d: the order "

@@ -160,7 +160,16 @@ def test_a_resumed_run_uses_the_settings_of_its_config_not_of_the_checkpoint(tmp
     caplog.clear()
     trainer = Trainer(config(tmp_path, "SEED", "-1"))
     trainer.resume_or_load(resume=True)
-    assert trainer.seed == 3 and "instead of" not in " ".join(caplog.messages)
+    assert trainer.seed == 3
+    told = " ".join(caplog.messages)
+    assert (
+        "schedule of the learning rate has changed since the checkpoint: SOLVER.MAX_ITER 8" in told
+    )
+    assert told.count("instead of") == 1
+
+    caplog.clear()
+    Trainer(config(tmp_path, "SOLVER.MAX_ITER", "4", "SEED", "-1")).resume_or_load(resume=True)
+    assert "instead of" not in " ".join(caplog.messages)
 
     with pytest.raises(ConfigError, match=r"optimizer does not fit .*FREEZE_AT and .* set them ba"):
         Trainer(config(tmp_path, "MODEL.BACKBONE.FREEZE_AT", "2")).resume_or_load(resume=True)

@@ -89,6 +89,7 @@ def test_training_writes_checkpoint_metrics_events_log_and_contact_sheet(run, tr
 def test_training_prints_the_time_left_and_the_ap_table(trained):
     assert "eta: " in trained.stdout
     assert "Evaluation of six_val" in trained.stdout
+    assert "to see the model's errors: python tools/analyze.py" in trained.stdout
     table = [line.split("|")[1].strip() for line in trained.stdout.splitlines() if "|" in line]
     assert {"bbox", "segm", "boundary", "ring"} <= set(table)
 
