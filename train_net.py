@@ -57,35 +57,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(args: argparse.Namespace) -> int:
-    """Trains or evaluates; returns the exit code."""
-    # Imported after the flags are parsed, so that --help does not import PyTorch, which is slow.
-    from mask_head_plugin import ConfigError
-    from mask_head_plugin.engine import TrainingError, launch
-    from mask_head_plugin.engine.interruption import Interrupted
-    from mask_head_plugin.engine.run import set_up, train_or_evaluate
-
-    try:
-        with launch.first_on_machine():
-            cfg = set_up(args)
-        place = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-        launch.launch(train_or_evaluate, *place, (cfg, args), device=cfg.MODEL.DEVICE)
-    except (ConfigError, TrainingError, launch.RankError) as error:
-        print(f"train_net.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt as stop:
-        told = str(stop)
-        if args.eval_only:
-            told = "interrupted; the same command continues with the remaining images"
-        elif isinstance(stop, Interrupted):
-            told = f"{stop}; {stop.advice()}"
-        raise KeyboardInterrupt(told) from None
-    return 0
-
-
 def main() -> int:
     args = parse_args()
     try:
+        # Imported after the flags are parsed: --help must not import PyTorch, which is slow.
+        from mask_head_plugin.engine.run import run
+
         return run(args)
     except KeyboardInterrupt as stop:  # Ctrl-C
         print(f"train_net.py: {str(stop) or 'interrupted'}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -21,9 +22,41 @@ from ..data import check_registered_datasets, register_coco_files
 from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
 from . import launch
+from .guards import TrainingError
+from .interruption import Interrupted
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains or evaluates in all processes of a run, and prints errors.
+
+    Args:
+        args: the flags of train_net.py.
+
+    Returns:
+        The exit code: 2 if a setting or file cannot be used, 1 if the run failed, otherwise 0.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C. The message says how to continue, if there is a way.
+    """
+    try:
+        with launch.first_on_machine():
+            cfg = set_up(args)
+        place = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        launch.launch(train_or_evaluate, *place, (cfg, args), device=cfg.MODEL.DEVICE)
+    except (ConfigError, TrainingError, launch.RankError) as error:
+        print(f"train_net.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt as stop:
+        told = str(stop)
+        if args.eval_only:
+            told = "interrupted; the same command continues with the remaining images"
+        elif isinstance(stop, Interrupted):
+            told = f"{stop}; {stop.advice()}"
+        raise KeyboardInterrupt(told) from None
+    return 0
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
