@@ -167,7 +167,8 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.IMPORTS = []
 
     # What to do about errors in annotation files and images. "error" checks the data sets before
-    # training and stops if it finds errors, "warn" only reports them, and "off" skips the check.
+    # training and stops if it finds errors, "warn" leaves out
+    # the records that a run cannot use and reports the other errors, and "off" skips the check.
     cfg.DATASETS.CHECK = "error"
 
 

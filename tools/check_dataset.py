@@ -171,6 +171,7 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
 
 def print_findings(json_file: str, found: list[Finding]) -> None:
     from mask_head_plugin.dataset_check.findings import by_kind, count_by_severity, summary_table
+    from mask_head_plugin.messages import counted
 
     if found:
         print(summary_table(found), end="\n\n")
@@ -180,7 +181,9 @@ def print_findings(json_file: str, found: list[Finding]) -> None:
         if len(group) > DETAILS_PER_KIND:
             print(f"  and {len(group) - DETAILS_PER_KIND} more of {group[0].kind}")
     counts = count_by_severity(found)
-    print(f"{json_file}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    print(
+        f"{json_file}: {', '.join(counted(n, name.removesuffix('s')) for name, n in counts.items())}"
+    )
 
 
 def parts_paths(args: argparse.Namespace) -> list[Path]:

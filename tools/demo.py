@@ -46,7 +46,11 @@ def parse_args() -> argparse.Namespace:
     flags.add_code(parser)
     flags.add_opts(parser)
     parser.add_argument(
-        "pairs", nargs=argparse.REMAINDER, default=[], help="the same pairs, without --opts"
+        "pairs",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys, as after --opts",
     )
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ from .coco_files import (
 )
 from .shapes import register_shapes
 from .train_loader import ImageNamingMapper, TrainLoader, seed_generators
+from .usable_copies import check_and_leave_out
 
 register_shapes()
 
@@ -23,6 +24,7 @@ __all__ = [
     "Finding",
     "ImageNamingMapper",
     "TrainLoader",
+    "check_and_leave_out",
     "check_coco_file",
     "check_dataset_files",
     "check_registered_datasets",

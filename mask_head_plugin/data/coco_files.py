@@ -391,7 +391,13 @@ def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[
         records = load_coco_json(file.json_file, file.image_root)
         for record in records:
             for annotation in record["annotations"]:
-                annotation["category_id"] = class_indices[annotation["category_id"]]
+                i = annotation["category_id"]
+                if i not in class_indices:
+                    raise ConfigError(
+                        f"{file.json_file}: image {record['image_id']}: an annotation has category "
+                        f"{i!r}, which is not listed; tools/check_dataset.py --fix leaves it out"
+                    )
+                annotation["category_id"] = class_indices[i]
         return records
 
     return load

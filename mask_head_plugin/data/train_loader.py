@@ -134,10 +134,21 @@ class TrainLoader:
             cfg: provides DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH, as in detectron2,
                 and INPUT.COPY_PASTE.
             mapper: converts a record to the model's input; None means ImageFileMapper.
+
+        Raises:
+            ConfigError: if no image is left to train on, or DATASETS.TRAIN cannot be resumed.
         """
         check_copy_paste(cfg)
-        with kept_generators():  # from_config creates a sampler, which draws random numbers
-            parts = build_detection_train_loader.from_config(cfg, mapper or ImageFileMapper(cfg))
+        try:
+            with kept_generators():  # from_config creates a sampler, which draws random numbers
+                parts = build_detection_train_loader.from_config(
+                    cfg, mapper or ImageFileMapper(cfg)
+                )
+        except AssertionError as error:  # raised by get_detection_dataset_dicts
+            raise ConfigError(
+                f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} cannot be trained on: {error} "
+                "tools/check_dataset.py shows why"
+            ) from error
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
                 f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "

@@ -56,10 +56,12 @@ class Facts:
     Attributes:
         categories: category names by id.
         formats: formats of the masks.
+        wrong_areas: see Shares.
     """
 
     categories: dict[int, str] = field(default_factory=dict)
     formats: MaskFormats = field(default_factory=MaskFormats)
+    wrong_areas: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 def check_coco_file(
@@ -136,6 +138,9 @@ def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], A
             return None
         place = f"line {error.lineno}, column {error.colno} (character {error.pos})"
         end = text.rstrip()
+        if not end.lstrip().startswith(("{", "[")):
+            found.add("not-a-coco-file", f"the file is not JSON: it starts with {quote(end[:40])}")
+            return None
         truncated = not end.endswith("}") or error.pos >= len(end)
         kind = "json-truncated" if truncated else "json-syntax"
         found.add(kind, f"the file is not JSON at {place}: {error.msg}")
@@ -212,6 +217,7 @@ def _check_annotations(
         shares.note(annotation, index, mask)
     facts.formats.check(found)
     shares.check(annotations, found)
+    facts.wrong_areas = shares.wrong_areas
 
 
 def _check_duplicate(

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from .. import image_files
 from ..config import ConfigError
 from ..durable_files import write_durably
+from ..messages import counted
 from .check import CheckOptions, check_content, read_content
 from .findings import (
     ERROR,
@@ -87,7 +88,9 @@ class CheckedFile:
     objects: list[tuple[Any, int]]
 
 
-def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
+def check_dataset_files(
+    cfg: CfgNode, *, train: bool = True, leave_out: bool = False
+) -> list[Finding]:
     """Checks the files of DATASETS.TRAIN and DATASETS.TEST according to DATASETS.CHECK.
 
     Writes all findings to ``OUTPUT_DIR/dataset_check.json``. The embedded data set, and data sets
@@ -96,9 +99,16 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     Args:
         cfg: a config whose data sets are registered.
         train: whether the model will be trained; if not, only DATASETS.TEST is checked.
+        leave_out: whether the caller leaves out records of DATASETS.COCO_FILES that training cannot
+            use, so that they are no reason to stop if CHECK is ``warn``.
+
+    Returns:
+        The errors because of which training cannot use a record: empty unless CHECK is ``warn`` and
+        ``leave_out`` is set.
 
     Raises:
-        ConfigError: if CHECK is ``error`` and there are errors, or CHECK has an unknown value.
+        ConfigError: if CHECK is ``error`` and there are errors, if CHECK is ``warn`` and there are
+            errors on which the run would fail, or if CHECK has an unknown value.
     """
     mode = cfg.DATASETS.CHECK
     if mode not in MODES:
@@ -106,7 +116,7 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     names = (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)
     sources = sources_of(names) if mode != "off" else []
     if not sources:
-        return
+        return []
     found = find_faults(cfg, sources)
     report = Path(cfg.OUTPUT_DIR) / REPORT
     if comm.is_main_process():
@@ -121,8 +131,18 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if errors and mode == "error":
         raise ConfigError(
             f"{describe_errors(errors, sources)}\n{report} lists all of them. With "
-            "DATASETS.CHECK warn, the run continues despite errors; with off, nothing is checked."
+            "DATASETS.CHECK warn, the run continues despite errors, without the records that it "
+            "cannot use; with off, nothing is checked."
         )
+    unusable = [finding for finding in errors if finding.is_unusable]
+    own = {source.json_file for source in sources if source.matched and leave_out}
+    fatal = [x for x in unusable if x.index < 0 or x.section == "categories" or x.file not in own]
+    if fatal:
+        raise ConfigError(
+            f"{describe_errors(fatal, sources)}\nThe run would fail on them, so DATASETS.CHECK "
+            f"warn does not help. {report} lists all findings."
+        )
+    return unusable
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
@@ -276,7 +296,7 @@ def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> 
 
 def describe_errors(errors: Sequence[Finding], sources: Iterable[CocoSource]) -> str:
     """Returns text that lists the first errors, and the commands that write corrected copies."""
-    lines = [f"the data sets have {len(errors)} errors:"]
+    lines = [f"the data sets have {counted(len(errors), 'error')}:"]
     lines += [f"  {finding}" for finding in errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"  and {len(errors) - SHOWN} more")

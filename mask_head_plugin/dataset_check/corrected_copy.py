@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from .check import CheckOptions, check_content, read_content
+from .check import CheckOptions, Facts, check_content, read_content
 from .document import SECTION_ORDER, Change, Document
 from .export_repairs import (
     AREA_KINDS,
@@ -125,7 +125,7 @@ def repair(
         _make_objects(document, json_file)
     tried: set[tuple[int, str]] = set()
     boxes_are_left = True
-    while errors := errors_of(found := _check(document, json_file)):
+    while errors := errors_of((checked := _check(document, json_file))[0]):
         document.index()
         whole = [x for x in errors if x.index < 0]
         if whole:
@@ -146,9 +146,10 @@ def repair(
         for index in sorted(first_of_record):
             _treat(document, first_of_record[index], tried)
         document.remove_dropped()
+    found, facts = checked
     for finding in found:
         if finding.kind in AREA_KINDS:
-            repair_areas(document, finding)
+            repair_areas(document, finding, facts.wrong_areas[finding.kind])
     refuse_losses(document, accepted)
 
 
@@ -163,10 +164,10 @@ def _make_objects(document: Document, json_file: str) -> None:
             document.note_change(annotation, "iscrowd is now 0")
 
 
-def _check(document: Document, json_file: str) -> Findings:
+def _check(document: Document, json_file: str) -> tuple[Findings, Facts]:
     found = Findings(json_file)
-    check_content(document.content, document.image_root, found, document.options)
-    return found
+    facts = check_content(document.content, document.image_root, found, document.options)
+    return found, facts
 
 
 def _repair_whole(document: Document, findings: list[Finding]) -> None:

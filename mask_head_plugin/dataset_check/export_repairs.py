@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pycocotools.mask as mask_util
@@ -16,6 +16,7 @@ from ..config import ConfigError
 from .document import Document, Record
 from .findings import Finding
 from .masks import LEAST_IOU, ONE_PIXEL, TWO_PIXELS, Box, box_iou
+from .object_shares import area_fits
 from .records import is_finite
 from .whole_export import FEW, polygons_of, within_one
 
@@ -148,27 +149,33 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
     return changed
 
 
-def repair_areas(document: Document, finding: Finding) -> None:
-    """Sets the area of annotations to the mask's number of pixels if the two differ clearly.
+def repair_areas(document: Document, finding: Finding, wrong: Mapping[int, float]) -> None:
+    """Writes the mask's number of pixels into the areas that the check reports.
 
-    If a mask has several polygons, an area below its number of pixels is kept, because the mask may
-    have a hole.
+    Where polygons overlap or are finer than a pixel, the number of pixels may still differ so much
+    from the area of the polygons that the check would report it again. The area of the polygons is
+    then written instead.
+
+    Args:
+        document: a document without errors.
+        finding: the finding about areas.
+        wrong: the areas of the masks that the check computed, by index of the annotation.
     """
     document.index()
-    for k, annotation in enumerate(document.content["annotations"]):
-        boxes = _boxes(document, annotation)
-        if boxes is None or boxes.around_mask is None or annotation.get("iscrowd") == 1:
+    for k, polygon_area in wrong.items():
+        annotation = document.content["annotations"][k]
+        found = document.mask(annotation)
+        if found is None:  # the check compares only valid masks
             continue
-        x0, y0, x1, y1 = boxes.around_mask
-        pixels, mask = boxes.mask_pixels, annotation["segmentation"]
-        off = annotation["area"] - pixels
-        may_have_hole = isinstance(mask, list) and len(mask) > 1 and off < 0
-        if abs(off) > 0.1 * pixels + (x1 - x0) + (y1 - y0) and not may_have_hole:
-            document.finding = dataclasses.replace(
-                finding, section="annotations", index=k, message=f"it was {annotation['area']:.6g}"
-            )
-            annotation["area"] = pixels
-            document.note_change(annotation, f"area is now {pixels}, the mask's")
+        (x0, y0, x1, y1), runs = found
+        area: float = int(mask_util.area(runs))
+        if not area_fits(area, polygon_area, x1 - x0 + y1 - y0):
+            area = round(polygon_area, 2)
+        document.finding = dataclasses.replace(
+            finding, section="annotations", index=k, message=f"it was {annotation['area']:.6g}"
+        )
+        annotation["area"] = area
+        document.note_change(annotation, f"area is now {area}, the mask's")
 
 
 def _as_most(finding: Finding, index: int) -> Finding:

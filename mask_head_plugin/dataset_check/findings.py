@@ -51,7 +51,7 @@ KINDS: dict[str, Kind] = {
     "json-truncated": Kind(ERROR, "the file ends too early: copy or export it again"),
     "json-syntax": Kind(ERROR, "correct the file, or export it again"),
     "git-lfs-pointer": Kind(ERROR, WHAT_TO_DO["git-lfs-pointer"]),
-    "not-a-coco-file": Kind(ERROR, "convert it to COCO instances format"),
+    "not-a-coco-file": Kind(ERROR, "give a file in COCO instances format, or convert it"),
     "json-not-object": Kind(ERROR, "the file must be {'images': ..., 'annotations': ..., ...}"),
     "missing-section": Kind(ERROR, f"{_EXPORT} in COCO instances format"),
     "no-images": Kind(ERROR, "list the images of the data set"),
@@ -152,8 +152,8 @@ KINDS: dict[str, Kind] = {
     ),
     "exif-size": Kind(
         ERROR,
-        "rotate the pixels according to the tag and annotate the rotated image, or remove the tag "
-        "from the file",
+        "if the annotations fit the stored pixels, remove the tag; otherwise rotate the pixels and "
+        "annotate again",
         LEAVES_OUT,
     ),
     "exif-undecidable": Kind(
@@ -237,6 +237,18 @@ KINDS: dict[str, Kind] = {
 }
 """All kinds of findings, by the name that each line of the check shows in brackets."""
 
+KEPT = {
+    *("annotation-id-not-positive", "area-invalid", "box-mismatch", "box-negative", "box-outside"),
+    *("box-without-area", "crowd-polygon", "duplicate-file-name", "empty-mask", "exif-undecidable"),
+    *("id-too-large", "mask-of-another-image", "polygon-outside", "polygon-without-area"),
+    "segmentation-empty",
+}
+"""Kinds of errors in a record that training can use all the same, rightly or wrongly. Records with
+other errors would end the run with an exception.
+"""
+WHOLE_FILE_KEPT = {"categories-disagree", "normalised-coordinates", "num-classes"}
+"""Kinds of errors of a whole file that do not end a run."""
+
 SECTION_NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
@@ -279,6 +291,12 @@ class Finding:
     def severity(self) -> str:
         """One of SEVERITIES."""
         return KINDS[self.kind].severity
+
+    @property
+    def is_unusable(self) -> bool:
+        """Whether training would fail on the record or the file."""
+        kept = KEPT if self.index >= 0 else WHOLE_FILE_KEPT
+        return self.severity == ERROR and self.kind not in kept
 
     @property
     def fix(self) -> str:
@@ -375,9 +393,14 @@ def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 def summary_table(findings: Iterable[Finding], examples: int = 3) -> str:
     """Returns a table of the kinds of findings, with the first records of each kind."""
+    findings = list(findings)
+    files = {finding.file for finding in findings}
     rows = []
     for kind, group in by_kind(findings).items():
-        places = "; ".join(finding.place or "the file" for finding in group[:examples])
+        places = "; ".join(
+            finding.place or (finding.file if len(files) > 1 else "the file")
+            for finding in group[:examples]
+        )
         more = "; ..." if len(group) > examples else ""
         rows.append([KINDS[kind].severity, kind, len(group), places + more])
     return tabulate(rows, ["severity", "kind", "count", "where"], tablefmt="simple")

@@ -13,6 +13,7 @@ _START = 4096
 """Number of characters that are enough to recognise a format."""
 
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _BY_SUPERVISION = "convert the data set with supervision (docs/your_data.md)"
 _BY_DATUMARO = "convert the data set with datumaro (docs/your_data.md)"
 _NUMBER = r"[ \t]+[-+.\deE]+"
@@ -34,7 +35,7 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 
 
 def foreign_bytes(data: bytes, found: Findings) -> bool:
-    """Returns whether a file is an archive or a Git LFS pointer, and adds a finding if it is.
+    """Returns whether a file is an archive, an image or a Git LFS pointer, and adds a finding.
 
     Args:
         data: content of the file.
@@ -47,6 +48,9 @@ def foreign_bytes(data: bytes, found: Findings) -> bool:
         if data.startswith(magic):
             found.add("not-a-coco-file", f"the file is {what}; unpack it")
             return True
+    if data.startswith(_IMAGES):
+        found.add("not-a-coco-file", "the file is an image or a video, not annotations")
+        return True
     return False
 
 

@@ -45,10 +45,15 @@ class Shares:
 
     Args:
         sizes: sizes of the images.
+
+    Attributes:
+        wrong_areas: for each kind of finding about the field ``area``, the areas of the masks in
+            pixels by index of the annotation.
     """
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
+        self.wrong_areas: dict[str, dict[int, float]] = {}
         self._total = self._crowds = 0
         self._with_objects: set[Hashable] = set()
         self._with_crowds: set[Hashable] = set()
@@ -129,10 +134,8 @@ class Shares:
         if not len(index):
             return
         with np.errstate(all="ignore"):  # huge coordinates may overflow
-            # A polygon's area and its number of pixels differ in proportion to its perimeter.
-            fits, fits_hollow = (
-                np.abs(area - x) <= 0.1 * x + width + height for x in (filled, hollow)
-            )
+            fits = area_fits(area, filled, width + height)
+            fits_hollow = area_fits(area, hollow, width + height)
             ring = fits_hollow & (np.abs(area - hollow) < 0.5 * np.abs(area - filled))
             box = width * height
             of_box = ~ring & ~fits & (np.abs(area - box) <= 0.01 * box + 1) & (filled < 0.9 * box)
@@ -156,12 +159,16 @@ class Shares:
         ):
             if not which.any() or (which.mean() < SOME and which is not ring):
                 continue
+            if which is not ring:
+                rows = zip(index[which].astype(int).tolist(), filled[which].tolist(), strict=True)
+                self.wrong_areas[kind] = dict(rows)
             k = np.flatnonzero(which)[0]
             example = quote(annotations[int(index[k])].get("id"))
+            count = int((moved & which).sum())
             found.add(
                 kind,
-                f"{_share(int(which.sum()), len(which))} objects have {what}, so "
-                f"{int((moved & which).sum())} count in the wrong metric (APs, APm or APl); "
+                f"{_share(int(which.sum()), len(which))} objects have {what}, so {count} "
+                f"{'is' if count == 1 else 'are'} counted in the wrong size class (APs, APm, APl); "
                 f"annotation {example} has area {area[k]:.6g}, but its mask has {filled[k]:.6g} "
                 "pixels",
             )
@@ -197,6 +204,18 @@ class Shares:
             f"images: the mask of annotation {quote(example.get('id'))} of image "
             f"{quote(example.get('image_id'))} is also on image {quote(other)}",
         )
+
+
+def area_fits(area: Any, pixels: Any, sides: Any) -> Any:
+    """Returns whether an area is that of a mask.
+
+    Args:
+        area: the field ``area``, a number or an array.
+        pixels: the mask's area.
+        sides: width plus height of the mask's box, in pixels. The area of a polygon and its number
+            of pixels differ in proportion to its perimeter.
+    """
+    return np.abs(area - pixels) <= 0.1 * pixels + sides
 
 
 def _share(count: int, total: int) -> str:

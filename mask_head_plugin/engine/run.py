@@ -18,8 +18,7 @@ from ..config import ConfigError, find_config_file
 from ..config_check import check_config
 from ..config_check.unread_keys import own_keys, report_unread_keys
 from ..config_imports import import_options
-from ..data import check_registered_datasets, register_coco_files
-from ..dataset_check import check_dataset_files
+from ..data import check_and_leave_out, check_registered_datasets, register_coco_files
 from ..user_code import import_modules, load_config_and_code
 from . import launch
 from .guards import TrainingError
@@ -83,7 +82,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         log_rank=rank,
         own=own_keys(args.config_file, args.opts[::2]),
     )
-    check_dataset_files(cfg, train=not args.eval_only)
+    check_and_leave_out(cfg, train=not args.eval_only)
     cfg.freeze()
     return cfg
 

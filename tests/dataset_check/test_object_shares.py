@@ -92,18 +92,21 @@ def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
         annotation["area"] = min(annotation["area"] * factor, 1.05 * HW[0] * HW[1])
     found = only(good, "area-suspicious")
     assert "of 25 (" in found.message and (words in found.message or factor > 10)
-    assert "count in the wrong metric (APs, APm or APl)" in found.message
+    assert "are counted in the wrong size class (APs, APm, APl)" in found.message
 
 
 def test_a_single_wrong_area_is_found_with_its_size_class(good):
     good.annotation(11)["area"] = 1
     found = only(good, "area-suspicious")
-    assert "1 of 5 (20.0%)" in found.message and "so 0 count in the wrong metric" in found.message
+    assert (
+        "1 of 5 (20.0%)" in found.message
+        and "so 0 are counted in the wrong size class" in found.message
+    )
     assert "annotation 11 has area 1, but its mask has 600 pixels" in found.message
     good.annotation(11).update(
         segmentation=[rectangle(10, 10, 60, 50)], bbox=[10, 10, 50, 40], area=1
     )
-    assert "so 1 count in the wrong metric" in only(good, "area-suspicious").message
+    assert "so 1 is counted in the wrong size class" in only(good, "area-suspicious").message
 
 
 def test_areas_may_differ_by_pixels_along_the_outline(good):
@@ -118,7 +121,7 @@ def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
     assert "annotation 14 has area 1609.62, but its mask has 707.312 pixels" in found.message
     # 32 x 32 pixels, the limit between small and medium objects, lies between the two areas.
-    assert "so 1 count in the wrong metric" in found.message
+    assert "so 1 is counted in the wrong size class" in found.message
 
 
 def test_a_ring_is_found_if_its_area_excludes_the_hole(good):

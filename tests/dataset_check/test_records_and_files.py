@@ -133,6 +133,21 @@ def test_text_formats_of_other_tools_are_recognised(good, text, what):
     assert (found.kind == "not-a-coco-file") == bool(what)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"hello world", "the file is not JSON: it starts with 'hello world'"),
+        (b"cells: [1, 2]\n", "the file is not JSON: it starts with 'cells: [1, 2]'"),
+        (b"<data/>", "the file is not JSON: it starts with '<data/>'"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "the file is an image or a video, not annotations"),
+        (b"\x89PNG\r\n\x1a\n", "the file is an image or a video, not annotations"),
+    ],
+)
+def test_files_that_are_not_json_are_not_called_truncated(good, content, told):
+    (found,) = check(good.write(content))
+    assert found.kind == "not-a-coco-file" and found.message == told
+
+
 DETECTION = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
 ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
 COCO = {"images": [], "categories": []}
