@@ -181,9 +181,8 @@ def print_findings(json_file: str, found: list[Finding]) -> None:
         if len(group) > DETAILS_PER_KIND:
             print(f"  and {len(group) - DETAILS_PER_KIND} more of {group[0].kind}")
     counts = count_by_severity(found)
-    print(
-        f"{json_file}: {', '.join(counted(n, name.removesuffix('s')) for name, n in counts.items())}"
-    )
+    told = ", ".join(counted(number, name.removesuffix("s")) for name, number in counts.items())
+    print(f"{json_file}: {told}")
 
 
 def parts_paths(args: argparse.Namespace) -> list[Path]:
