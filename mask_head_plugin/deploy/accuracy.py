@@ -117,7 +117,8 @@ class Accuracy:
         ]
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name} {share:.1%}" for name, share in self.agreement.items())
+        words = {"detections": "{:.1%} of the detections", "masks": "mean mask IoU {:.1%}"}
+        told = ", ".join(words[name].format(share) for name, share in self.agreement.items())
         text = (
             f"compared with the trained model on {len(self.counts)} images with "
             f"{min(self.counts)} to {max(self.counts)} detections; agreement: {told}"

@@ -166,6 +166,10 @@ def read_model_folder(folder: Path) -> ModelDescription:
             ``model.json``, the key.
     """
     path = folder / DESCRIPTION
+    if folder.is_file():
+        raise ModelFolderError(
+            f"{folder} is a file; give the folder that contains it, {folder.parent}"
+        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -35,7 +35,7 @@ def _warnings(new: NewConfig) -> list[str]:
 def _estimate(new: NewConfig) -> str:
     estimate, iterations = new.estimate, new.schedule.iterations
     if estimate is None:
-        return f"{iterations:,} iterations; time unknown, because this machine lacks the device"
+        return f"{iterations:,} iterations; no time estimate, because this machine has no GPU"
     training = _minutes(iterations * estimate.seconds_per_iteration)
     words = f"{training} for {iterations:,} iterations of {estimate.seconds_per_iteration:.2f} s"
     if new.val is not None:
@@ -43,7 +43,8 @@ def _estimate(new: NewConfig) -> str:
         evaluations = -(-iterations // new.schedule.period)
         words += f", {_minutes(seconds)} for each of {evaluations} evaluations"
     memory = f"{estimate.memory / 1e9:.1f} GB of memory"
-    return f"estimate: {words}, {memory}; based on {TIMED} iterations measured just now"
+    load = f"if the machine stays as busy as in the last {TIMED} iterations of the trial"
+    return f"estimate: {words}, {memory}; {load}"
 
 
 def _minutes(seconds: float) -> str:
