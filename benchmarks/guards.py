@@ -60,7 +60,7 @@ def draw_seeds(num_images: int) -> None:
 
 
 def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
-    """Returns the config, the number of images, their side and the options of each model."""
+    """Returns each model's config, number of images, their side length, and options."""
     return [
         ("Base-MaskRCNN-FPN.yaml", 2, sizes.step_side, list(sizes.model_opts)),
         ("shapes/mask_rcnn_shapes.yaml", 4, 96, []),

@@ -5,7 +5,7 @@ A simulated study has a baseline and a variant, each trained with several seeds 
 same images. An image shows 1 to 8 objects. A detection finds its object if a normal random number
 is below the sum of five qualities: those of the model, the seed, the image, the image for this
 model, and the image for this seed. Otherwise, the detection is a false positive. The true
-difference in AP is computed from very many images and seeds.
+difference in AP is computed from a very large number of images and seeds.
 
 The second table simulates studies like those of benchmarks/sampling_training.py, which compare two
 kinds of head by the mean IoU of objects in a few images. Both heads start from the same weights and

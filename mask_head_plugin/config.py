@@ -167,15 +167,15 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.IMPORTS = []
 
     # What to do about errors in annotation files and images. "error" checks the data sets before
-    # training and stops if it finds errors, "warn" leaves out
-    # the records that a run cannot use and reports the other errors, and "off" skips the check.
+    # training and stops if it finds errors, "warn" leaves out the records that a run cannot use and
+    # reports the other errors, and "off" skips the check.
     cfg.DATASETS.CHECK = "error"
 
 
 def load_config(
     config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
 ) -> CfgNode:
-    """Reads a config like ``read_config``, and adapts it to this machine.
+    """Reads a config as ``read_config`` does, and adapts it to this machine.
 
     If MODEL.DEVICE is a CUDA device but none is available, changes it to ``cpu`` and logs a
     warning.
@@ -294,7 +294,7 @@ class _LocalBases(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        # Searched for, because fvcore puts a folder before an address that it takes for a path.
+        # search(), not match(): fvcore takes an address for a relative path and prepends a folder.
         address = _ADDRESS.search(filename)
         if address:
             raise OSError(
@@ -306,7 +306,7 @@ class _LocalBases(CfgNode):
         ):
             raise OSError(
                 f"its YAML aliases (*name) expand to more than {MOST_VALUES} values, which could "
-                "exhaust the memory; use fewer aliases"
+                "exhaust memory; use fewer aliases"
             )
         return Path(filename).open(encoding="utf-8")
 
@@ -437,7 +437,7 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def _similar_file(path: str) -> str:
-    """Returns a hint at a file of the same or a similar name, in its folder or in the package.
+    """Returns a hint naming a file of the same or a similar name, in its folder or in the package.
 
     The same name comes first: configs of detectron2's model zoo are in other folders here.
     """

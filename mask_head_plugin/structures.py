@@ -148,7 +148,7 @@ class RLEMasks(Tensor):
         return self.numpy().tolist()
 
     def area(self) -> Tensor:
-        """Returns the (N,) numbers of pixels, as in PolygonMasks.area, without decoding masks."""
+        """Returns the (N,) pixel counts, as in PolygonMasks.area, without decoding masks."""
         return torch.tensor([int(coco_mask.area(x)) for x in self.rles], device=self.device).long()
 
     @staticmethod
@@ -156,7 +156,8 @@ class RLEMasks(Tensor):
         """Concatenates masks of one image, like torch.cat.
 
         Raises:
-            ValueError: if the sequence is empty, or sizes differ.
+            ValueError: if the sequence is empty.
+            RuntimeError: if sizes differ.
         """
         if not masks:
             raise ValueError("no masks to concatenate")

@@ -26,7 +26,7 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 def make_coco(
     seed: int, *, num_classes: int = 3, num_images: int = 6, most_copies: int = 4
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns annotations and results in random order.
+    """Returns annotations, and results in random order.
 
     They include crowds, images without objects or detections, tied scores, wrong classes, and
     areas that differ from the number of pixels in the mask.

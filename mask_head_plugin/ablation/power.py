@@ -60,7 +60,7 @@ class Spreads:
 
 
 def measured_spreads(output: Path, num_draws: int) -> Spreads:
-    """Measures the spreads on an ablation's finished trials, as the report does.
+    """Measures the spreads from an ablation's finished trials, as the report does.
 
     Uses the assumed values for spreads that cannot be measured yet.
 
@@ -119,7 +119,7 @@ def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared:
 def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: int) -> float:
     """Returns the smallest true difference that 80% of studies of this size would show.
 
-    If this depends on the variant, returns the value for the variant that needs the most.
+    If this depends on the variant, returns the largest of the variants' values.
     """
     return max(detectable_each(spreads, num_seeds, num_images, num_compared))
 

@@ -2,8 +2,8 @@
 
 Follows TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
 2020). A false detection has the wrong class, a bad location or both, is a duplicate, or lies on
-background; an object that no detection comes near is missed. The cost of a kind is the AP gained by
-repairing all errors of that kind.
+background. An object is missed if no detection finds it and no repair of a class or location error
+would. The cost of a kind is the AP gained by repairing all errors of that kind.
 
 Unlike tidecv, this module uses COCO's matching and AP, so its AP equals that of the evaluation.
 (tidecv assigns AP 0 to a class that has detections but no objects, and chooses the first of several
@@ -31,7 +31,7 @@ MEANINGS = {
     "both": "the wrong class and not in the right place",
     "duplicate": "a second detection of an object",
     "background": "a place without an object",
-    "missed": "an object without a detection close to it",
+    "missed": "an object that no detection finds, even if repaired",
 }
 CLASS, LOCATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
 RIGHT, LEFT_OUT = -1, -2
@@ -52,7 +52,7 @@ class Errors:
         repaired: (N,) whether the detection is a class or location error that would find its object
             if repaired. If several such errors concern the same object, only the one with the
             highest score is marked; a repair removes the others.
-        missed: (G,) whether the object stays missed even if all detections are repaired.
+        missed: (G,) whether the object would be missed even if all errors were repaired.
     """
 
     threshold: float

@@ -39,7 +39,7 @@ def call_in_child(call: Callable[[], T]) -> T:
         call: a function whose result can be pickled and that does not raise errors.
 
     Raises:
-        ChildError: if the copy ended, or returned nothing within MOST_SECONDS.
+        ChildError: if the copy ended, failed, or returned nothing within MOST_SECONDS.
     """
     for stream in (sys.stdout, sys.stderr):  # otherwise the copy would print buffered text again
         with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A DefaultPredictor of detectron2 whose class names match its weights."""
+"""A detectron2 DefaultPredictor whose class names match its weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BGRPredictor(DefaultPredictor):
         return output
 
     def scales_down(self, height: int, width: int) -> bool:
-        """Returns whether a huge image is scaled down although INPUT.MIN_SIZE_TEST is 0.
+        """Returns whether a huge image is scaled down even though INPUT.MIN_SIZE_TEST is 0.
 
         Args:
             height: in pixels.
@@ -70,7 +70,7 @@ def load_predictor(cfg: CfgNode) -> BGRPredictor:
         cfg: the model's config; not changed.
 
     Raises:
-        ConfigError: if weights are missing, cannot be read or do not fill the model.
+        ConfigError: if weights are missing, cannot be read or do not cover the whole model.
     """
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty: set it to the weights of a trained model")

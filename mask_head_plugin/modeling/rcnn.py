@@ -70,7 +70,7 @@ class MaskRCNN(GeneralizedRCNN):
         return outputs
 
     def __prepare_scriptable__(self) -> GeneralizedRCNN:
-        """Returns the module that torch.jit.script compiles instead; it does no postprocessing."""
+        """Returns the module to script in place of this one; it does no postprocessing."""
         return stand_in(copy_sharing_tensors(self), GeneralizedRCNN)
 
 

@@ -1,8 +1,8 @@
 """RoI pooling for torch.compile: wraps the operators of roi_pooling as one node of a graph.
 
 How roi_pooling splits its work depends on the boxes, which a graph cannot express. A compiled
-program therefore calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same
-code outside the graph. The backward pass of this operator repeats its forward pass.
+program therefore calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same code outside
+the graph. The backward pass of this operator repeats its forward pass.
 
 Shape alphabet: see roi_pooling.
 """

@@ -331,7 +331,7 @@ def test_a_model_that_reads_none_of_the_keys_only_gets_warnings(tmp_path, monkey
 
 def test_a_module_that_cannot_be_built_on_meta_is_not_checked(tmp_path, monkeypatch, caplog):
     def build_asking_model(cfg):
-        assert torch.zeros(1).item() == 0, "fails on the device meta"
+        assert torch.zeros(1).item() == 0, "fails on the meta device"
         return nn.Linear(1, 1)
 
     monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "own", build_asking_model)

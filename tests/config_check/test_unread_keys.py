@@ -179,7 +179,7 @@ def test_keys_from_a_base_or_from_a_runs_record_do_not_stop_the_run(tmp_path, ca
 
 def test_a_module_that_cannot_be_built_without_values_is_not_checked(monkeypatch):
     def build_asking_resnet(cfg, input_shape):
-        assert torch.zeros(1).item() == 0, "fails on the device meta"
+        assert torch.zeros(1).item() == 0, "fails on the meta device"
 
     monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_asking_resnet", build_asking_resnet)
     opts = ["MODEL.BACKBONE.NAME", "build_asking_resnet", "MODEL.RESNETS.DEPTH", "101"]

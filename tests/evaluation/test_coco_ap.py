@@ -36,7 +36,7 @@ def evaluate(truth, results, task, max_detections=100):
 
 
 def official(content, results, task, max_detections=100, engine=COCOeval):
-    """Evaluates the results with pycocotools in the way that detectron2 does."""
+    """Evaluates the results with pycocotools the way detectron2 does."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = copy.deepcopy(content)

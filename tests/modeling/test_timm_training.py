@@ -129,9 +129,8 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_same_weights():
     usual = build_backbone(config("resnet10t", *plain)).eval()
     assert dilated.output_shape()["res5"].stride == dilated.size_divisibility == 16
     usual.load_state_dict(dilated.state_dict())
-    assert dilated.net.layer4[
-        0
-    ].conv1.weight.requires_grad  # res5 is not frozen, although it has res4's stride
+    # res5 is not frozen, although it has res4's stride.
+    assert dilated.net.layer4[0].conv1.weight.requires_grad
     assert not dilated.net.layer3[0].conv1.weight.requires_grad
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():

@@ -177,7 +177,7 @@ def test_the_page_gets_the_complete_figure_with_its_script_escaped():
 
 @pytest.mark.parametrize("colour", [BLACK, "#0072b2", "#d55e00"])
 def test_a_curve_and_its_band_have_one_colour_in_the_dark_theme(colour):
-    """Replaces colours like the script of the page, with the pattern from that script."""
+    """Replaces colours as the page's script does, with the pattern taken from that script."""
     band = go.Scatter(x=[0, 1, 0], y=[0, 1, 1], fill="toself", fillcolor=band_colour(colour))
     line = go.Scatter(x=[0, 1], y=[0, 1], line={"color": colour})
     pattern = re.search(r"text\.replace\(/(.+?)/g", FIGURES_JS.read_text())[1]
