@@ -269,7 +269,7 @@ def test_a_predictor_uses_the_class_names_of_its_weights(data):
     assert predictor.metadata.thing_classes == class_names_of(predictor.model) == NAMES[::-1]
     missing = config(data, "DATASETS.COCO_FILES", f"[['{REVERSED}','no.json','no']]")
     assert load_predictor(missing).metadata.thing_classes == NAMES
-    with pytest.raises(ConfigError, match=r"does not fit .*; set MODEL\.ROI_HEADS\.NUM_CLASSES to"):
+    with pytest.raises(ConfigError, match=r"does not fit the model: 6 of another shape"):
         load_predictor(config(data, "MODEL.ROI_HEADS.NUM_CLASSES", "7"))
     with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty"):
         load_predictor(config(data, "MODEL.WEIGHTS", ""))
@@ -330,7 +330,9 @@ def test_saved_weights_keep_their_class_names(data, tmp_path):
 
 def test_weights_are_exported_only_with_one_name_per_row(tmp_path):
     save_file(load_file(CHECKPOINT), tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match=r"cls_score\.weight has rows for 5 classes, but 2 are"):
+    with pytest.raises(
+        ConfigError, match=r"cls_score\.weight has rows for 5 classes, .* names is 2"
+    ):
         names = ["cat", "dog"]
         export_safetensors(
             tmp_path / "a.safetensors", tmp_path / "b.safetensors", class_names=names

@@ -35,7 +35,7 @@ def config(name: str, *opts: str):
         ),
         ([FACTORS, "[['backbone', '0.1']]"], r"the factor of 'backbone' is '0\.1'; it must be"),
         ([FACTORS, "[['backbone', 0.0]]"], r"is 0\.0; it must be above 0 .*FREEZE_AT"),
-        ([FACTORS, "[['a', 2.0], ['a', 3.0]]"], r"has 'a' twice"),
+        ([FACTORS, "[['a', 2.0], ['a', 3.0]]"], r"lists 'a' twice"),
         ([PARTS, "0"], r"ACCUMULATE_STEPS 0: .* set it to 1"),
         ([PARTS, "3"], r"gets 16 images .*cannot be divided .* set it to (2|4)"),
         ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"gets 2 images .* set it to 2"),

@@ -88,7 +88,9 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch, tmp_path):
     for name in [x for x in sys.modules if x.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)  # makes the import fail
-    with pytest.raises(ConfigError, match=r"need timm, which is not installed .*: pip install ti"):
+    with pytest.raises(
+        ConfigError, match=r"need timm, which is not installed .*: run 'pip install ti"
+    ):
         checked(tmp_path, *TIMM)
     checked(tmp_path)
 

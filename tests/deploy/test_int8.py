@@ -94,8 +94,8 @@ def test_calibration_images_without_detections_are_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("DATASETS.TRAIN", r"pass --calibration-images: data set 'nowhere' is not registered"),
-        ("DATASETS.TEST", r"pass --images: data set 'nowhere' is not registered"),
+        ("DATASETS.TRAIN", r"pass --calibration-images \(data set 'nowhere' is not registered"),
+        ("DATASETS.TEST", r"pass --images \(data set 'nowhere' is not registered"),
     ],
 )
 def test_missing_data_sets_are_reported_before_anything_is_converted(

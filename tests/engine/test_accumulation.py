@@ -184,5 +184,5 @@ def test_random_numbers_of_a_step_do_not_depend_on_previous_work():
 
 
 def test_a_batch_of_the_users_loader_that_cannot_be_divided_is_refused():
-    with pytest.raises(ConfigError, match=r"gave 3 images, .* into SOLVER\.ACCUMULATE_STEPS 2"):
+    with pytest.raises(ConfigError, match=r"yielded 3 images, .* into SOLVER\.ACCUMULATE_STEPS 2"):
         step_of(made_trainer(Squares(), 2, [torch.tensor(1.0)] * 3))

@@ -20,6 +20,14 @@ from mask_head_plugin.evaluation import MaskEvaluator
 PERIODS = ("SOLVER.CHECKPOINT_PERIOD", "5", "TEST.EVAL_PERIOD", "3")
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_not_ignored():
+    """Restores Python's handler, because processes started in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_shapes():
     with few_shapes():

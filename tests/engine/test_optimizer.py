@@ -167,7 +167,7 @@ def test_parameters_that_timm_excludes_from_decay_are_not_decayed():
 
 
 def test_layers_of_an_unknown_backbone_are_refused():
-    with pytest.raises(ConfigError, match=r"but not the backbone Linear; set it to 1\.0"):
+    with pytest.raises(ConfigError, match=r"but not the backbone Linear; set LAYER_DECAY to 1\.0"):
         model = torch.nn.Module()
         model.backbone = torch.nn.Linear(1, 1)
         parameter_groups(model, 1.0, layer_decay=0.5)

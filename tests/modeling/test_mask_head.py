@@ -137,7 +137,7 @@ def test_the_softmax_head_predicts_the_softmax_over_all_classes(make):
 
 
 def test_the_mlp_requires_hidden_layers_and_square_features():
-    with pytest.raises(ValueError, match="NUM_FC above 0"):
+    with pytest.raises(ValueError, match=r"raise MODEL\.ROI_MASK_HEAD\.NUM_FC"):
         MLPMaskHead(ShapeSpec(channels=4, height=7, width=7), num_classes=3, fc_dims=[])
     with pytest.raises(ValueError, match="square"):
         MLPMaskHead(ShapeSpec(channels=4, height=7, width=5), num_classes=3, fc_dims=[4])

@@ -293,7 +293,7 @@ PICKLES = {
     "claim of a frame": (lambda: b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b"N.", "truncated"),
     "claim of a number": (lambda: b"\x80\x02\x8b\xff\xff\xff\x7fx.", "truncated"),
     "long number": (lambda: b"L" + b"9" * 10**5 + b"L\n.", "truncated or corrupt"),
-    "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "an object the number 2147483647"),
+    "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "2147483647 to an object"),
     "deep key": (lambda: DEEP_KEY, "nests more than 100"),
     "deep list": (
         lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
