@@ -129,8 +129,8 @@ def write_new_config(request: Request) -> NewConfig:
     settings, schedule = choose_settings(train, val, backbone, device)
     name = re.sub(r"[^\w+-]+", "_", request.output.stem)
     header = (
-        f"Written by tools/new_config.py for {describe(train)}, to train {backbone.name} on "
-        f"{device}.\nThe comments explain the values. They are only a starting point; change any "
+        f"Written by tools/new_config.py for {describe(train)}.\n"
+        f"Model: {backbone.name}, on {device}.\nThe comments explain the values. They are only a starting point; change any "
         "value if you know a better one."
     )
 
