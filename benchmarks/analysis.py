@@ -3,9 +3,9 @@
 detections.
 
 Objects are polygons with 24 points, 12 to 180 pixels across, in images of 640 x 480 with 80
-classes. Each object has two or three detections near it, some of them with another class. There are
+classes. Each object has two or three detections near it, some of a different class. There are
 no image files, so the analysis draws no pictures. The time is for one run in a separate process,
-including the start of Python.
+including Python's startup.
 
 Writes a table and a JSON file with machine, versions and date.
 """

@@ -3,9 +3,10 @@ r"""Compares independent and competing masks on the feature maps of a trained mo
 
 The maps are pooled within true boxes, and four kinds of mask head are trained on them from scratch:
 a sigmoid for the object's own class, a softmax over the classes, a sigmoid for every class, and one
-mask for all classes. Their logits are turned into masks in several ways. Intervals cover images and
-training, and hold jointly for all rows. The model that produced the maps was trained with a
-sigmoid. True boxes and classes are given, so errors in boxes and classes play no part.
+mask for all classes. Their logits are turned into masks in several ways. Intervals allow for
+the choice of images and for training noise, and hold jointly for all rows. The model that produced
+the maps was trained with a sigmoid. True boxes and classes are given, so errors in boxes and
+classes play no part.
 
     python benchmarks/mask_real_images.py --work output/masks/shapes \
         --output output/masks/shapes.json
@@ -108,7 +109,7 @@ def compare(
 
 
 TUNED_OF = {name: "own class, tuned" for name in TUNED}
-"""Rows with a tuned threshold are compared with the sigmoid that also has one."""
+"""Rows with a tuned threshold are compared with the sigmoid whose threshold is tuned as well."""
 
 
 def main() -> None:
@@ -129,7 +130,7 @@ def main() -> None:
         type=int,
         nargs=2,
         default=[1200, 800],
-        help="largest numbers of training and test objects",
+        help="maximum numbers of training and test objects",
     )
     parser.add_argument("--iterations", type=int, default=1000)
     add_case_arguments(parser)

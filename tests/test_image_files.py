@@ -327,7 +327,7 @@ def assert_right(name, image, image_format):
 
 
 def seen_by_demo(folder, image_format, monkeypatch, output):
-    """Returns the images that the demo passes to the model, by file name, and its problems."""
+    """Returns the images that the demo passes to the model, by file name, and the demo's errors."""
     seen = []
 
     def model(inputs):

@@ -81,7 +81,7 @@ def _starts_again(trial: Trial) -> bool:
 
 
 def _code_files(imports: Sequence[str]) -> dict[str, Path]:
-    """Returns the files of the entries of IMPORTS by the name of their copy."""
+    """Returns the file of each entry of IMPORTS, keyed by the name of its copy."""
     found = {}
     for entry in imports:
         if entry.endswith(".py"):

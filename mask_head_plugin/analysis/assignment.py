@@ -118,14 +118,14 @@ def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
 
 
 def _keys(scene: Scene, row: IntArray) -> tuple[IntArray, IntArray]:
-    """Returns a number for image and class of each counted detection, (N,), and object, (G,)."""
+    """Numbers the image and class of each counted detection, (N,), and of each object, (G,)."""
     num_classes = len(scene.class_names)
     detections = scene.dt_image[row] * num_classes + scene.dt_class[row]
     return detections, scene.gt_image * num_classes + scene.gt_class
 
 
 def _sizes(scene: Scene, row: IntArray) -> list[IntArray]:
-    """Returns the numbers of detections and objects of each pair of image and class, (P,) each."""
+    """Returns how many detections and objects each pair of image and class has, two (P,) arrays."""
     keys = _keys(scene, row)
     in_use = np.union1d(*keys)
     return [np.searchsorted(x, in_use, "right") - np.searchsorted(x, in_use) for x in keys]

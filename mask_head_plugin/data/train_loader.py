@@ -123,7 +123,7 @@ class TrainLoader:
     The samples of a batch, their order and their augmentation depend on seed, iteration, rank and
     number of processes, but not on workers or on earlier batches.
 
-    Unlike in detectron2's loader, an error of the mapper names the sample's file, regardless of the
+    Unlike in detectron2's loader, an error in the mapper names the sample's file, regardless of the
     number of workers. If the mapper declines a sample (returns None), another image is drawn with
     the sample's own generator.
     """
@@ -176,7 +176,7 @@ class TrainLoader:
         self._seed, self._start = seed, iteration
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # Each of detectron2's samplers takes its seed from NumPy's generator in a different way.
+        # from_config takes no seed: detectron2's samplers draw theirs from NumPy's generator.
         with kept_generators():
             seed_cpu_generators(self._seed)
             parts = build_detection_train_loader.from_config(
@@ -295,7 +295,7 @@ class _Samples(Dataset[Any]):
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:
-    """Returns, for each record, whether its image is wider than high, as in detectron2's groups."""
+    """Returns, for each record, whether its image is wider than tall, as detectron2 groups them."""
     for record in records:
         if not ("width" in record and "height" in record):
             raise ConfigError(

@@ -139,7 +139,7 @@ class Document:
         return (images[0]["height"], images[0]["width"]) if images else None
 
     def mask(self, annotation: Record) -> tuple[Box, Any] | None:
-        """Returns the box around a valid mask, cut to the image, and the mask's run lengths."""
+        """Returns the box around a valid mask, clipped to the image, and the mask's run lengths."""
         image_hw = self.image_hw(annotation)
         return None if image_hw is None else checked_mask(annotation, image_hw)
 

@@ -38,7 +38,7 @@ LEAST_IOU, TWO_PIXELS = 0.7, 2.01
 # detectron2 drops boxes with a side of at most this length (filter_empty_instances).
 NO_LENGTH = 1e-5
 MAX_CHARACTERS = 7
-"""Most characters that a number takes in compressed run lengths: counts are below 2^32, and each
+"""Maximum length of a number in compressed run lengths: counts are below 2^32, and each
 character has five bits."""
 
 
@@ -91,7 +91,7 @@ def check_box_and_mask(
     lvis: bool,
     masks: bool,
 ) -> Mask | None:
-    """Checks the box and the mask of an annotation, also against the image if its size is known.
+    """Checks an annotation's box and mask, and compares them with the image if its size is known.
 
     Args:
         annotation: the record.
@@ -207,7 +207,7 @@ class _Checker:
                 return mask._replace(inside=False)
         if min(sides) <= NO_LENGTH:
             return mask._replace(flat=True)
-        # Only a mask whose mean width is below a pixel can contain no pixel centre.
+        # A mask can miss every pixel centre only if its mean width is below a pixel.
         if mask.area < max(sides) and not mask_util.area(polygons_rle(polygons, image_hw)):
             if mask.area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
@@ -261,7 +261,7 @@ class _Checker:
         if (runs < 0).any():
             self._note("rle-counts", f"a run has length {runs.min()}")
             return None
-        # The largest run is checked first, because a sum beyond int64 could give any value.
+        # The largest run is checked first, because a sum that overflows int64 could have any value.
         if runs.max(initial=0) > math.prod(image_hw) or runs.sum() != math.prod(image_hw):
             message = f"the runs have {runs.sum()} pixels, but the image has {math.prod(image_hw)}"
             self._note("rle-sum", message)
@@ -298,7 +298,7 @@ class _Checker:
             return
         if mask is None:
             return
-        # Some annotation tools cut boxes and masks at the image's edge, but others do not.
+        # Some annotation tools clip boxes and masks to the image, but others do not.
         a, b = _clip(box, image_hw), _clip(mask.box, image_hw)
         off = max(abs(x - y) for x, y in zip(a, b, strict=True))
         if off > ONE_PIXEL:

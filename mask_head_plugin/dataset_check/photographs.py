@@ -19,7 +19,7 @@ PROBE = 4096
 """Number of bytes read from the middle of a file; they distinguish most files of equal size."""
 
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{16,}$", re.IGNORECASE)
-"""End of names from Roboflow, which gives each augmented version of an image its own digest."""
+"""End of the names that Roboflow gives: each augmented version has its own digest."""
 
 _PART = r"(?:tile|patch|crop|chip|part|piece|slice|aug)"
 _MARKED = re.compile(
@@ -103,7 +103,7 @@ def _is_grid(name: str, places: Places) -> bool:
     if len(numbers) < 2 or (_DATED.search(name) and all(len(text) == 2 for text in texts)):
         return False
     in_pixels = 0 in columns | rows and math.gcd(*columns, *rows) >= LEAST_STEP
-    # Tiles share columns and rows, and hardly any tile is missing. Pairs of numbers that increase
+    # Tiles share columns and rows, and most tiles are present. Pairs of numbers that increase
     # together, on a diagonal, do not have these properties.
     is_full = len(numbers) > max(len(columns), len(rows), len(columns) * len(rows) / 2)
     # 01_0001 is a scene and a frame: columns and rows would be padded to equal lengths.

@@ -49,7 +49,7 @@ def schedule_of(cfg: CfgNode) -> dict[str, Any]:
 
 
 def warn_of_schedule(cfg: CfgNode, saved: Mapping[str, Any]) -> None:
-    """Warns that the learning rate will follow another schedule than before the checkpoint.
+    """Warns if the learning rate will follow a different schedule from that of the checkpoint.
 
     Args:
         cfg: the run's config.

@@ -130,8 +130,9 @@ def write_new_config(request: Request) -> NewConfig:
     name = re.sub(r"[^\w+-]+", "_", request.output.stem)
     header = (
         f"Written by tools/new_config.py for {describe(train)}.\n"
-        f"Model: {backbone.name}, on {device}.\nThe comments explain the values. They are only a starting point; change any "
-        "value if you know a better one."
+        f"Model: {backbone.name}, on {device}.\n"
+        "The comments explain the values. They are only a starting point; change any value if you "
+        "know a better one."
     )
 
     def text(folder: Path, base: str) -> str:

@@ -58,7 +58,7 @@ def add_intervals(
         heights: positions of all rows, see ``row_heights``.
         rows: the differences to plot.
         column: column of the figure, counted from 1; the first column defines the legend.
-        kinds: findings to list in the legend, even if no row has them.
+        kinds: findings to plot and to list in the legend, even if no row has them.
     """
     place = {"row": 1, "col": column}
     for kind in kinds:
@@ -82,7 +82,7 @@ def add_intervals(
             ],
             hovertemplate="%{customdata[0]}<br>%{x:+.2f} (%{customdata[1]})<extra></extra>",
             mode="markers",
-            cliponaxis=False,  # shows markers at the edge completely
+            cliponaxis=False,  # do not cut off markers at the edge
             marker={
                 "color": colour,
                 "symbol": symbol,
@@ -104,7 +104,7 @@ def lay_out_rows(figure: Any, heights: dict[str, int], row_height: int = ROW_HEI
     Args:
         figure: a plotly figure.
         heights: positions of all rows.
-        row_height: height of a row in pixels; rows are higher if a name needs several lines.
+        row_height: height of a row in pixels; rows are taller if a name needs several lines.
     """
     lines = max(len(wrapped(name).split("<br>")) for name in heights)
     lay_out(figure, 150 + len(heights) * max(row_height, 18 * lines + 8))

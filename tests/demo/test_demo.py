@@ -315,7 +315,7 @@ def test_images_of_any_kind_can_be_read(images, tmp_path):
     image.save(folder / "frames.gif")
     image.save(folder / "photo.jpg")
     exif = Image.Exif()
-    exif[274] = 6  # must be turned by 90 degrees
+    exif[274] = 6  # must be rotated by 90 degrees
     image.save(folder / "turned.jpg", exif=exif)
     (folder / ".hidden.png").write_text("no image")
     (folder / "notes.txt").write_text("no image")
