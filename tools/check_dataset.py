@@ -155,8 +155,12 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
         raise ConfigError(f"--json {args.json}: the file does not exist")
     for folder in args.images:
         if not Path(folder).is_dir():
-            kind = "is a file, not a folder" if Path(folder).is_file() else "does not exist"
-            raise ConfigError(f"--images {folder} {kind}")
+            kind = (
+                "this is a file; name its folder"
+                if Path(folder).is_file()
+                else "the folder does not exist"
+            )
+            raise ConfigError(f"--images {folder}: {kind}")
     outputs = [path for path in (args.fix, *parts_paths(args)) if path]
     if args.output and args.output.resolve() in {
         path.resolve() for path in (Path(args.json), *outputs)

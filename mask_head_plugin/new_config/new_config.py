@@ -163,8 +163,12 @@ def _refuse_wrong_paths(request: Request) -> None:
         if not data.json_file.is_file():
             raise ConfigError(f"--{flag} {data.json_file}: the file does not exist")
         if not data.images.is_dir():
-            kind = "is a file, not a folder" if data.images.is_file() else "does not exist"
-            raise ConfigError(f"--{flag}-images {data.images} {kind}")
+            kind = (
+                "this is a file; name its folder"
+                if data.images.is_file()
+                else "the folder does not exist"
+            )
+            raise ConfigError(f"--{flag}-images {data.images}: {kind}")
     output = request.output
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--output {output}: name a file that ends in .yaml, such as cells.yaml")
