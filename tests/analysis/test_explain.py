@@ -164,7 +164,7 @@ def test_the_circled_pixel_of_the_mask_is_claimed_by_the_most_classes():
 
 
 def test_all_pictures_fit_a_page_and_have_descriptions(tmp_path):
-    other = tmp_path / "another.safetensors"  # stands in for softmax weights
+    other = tmp_path / "another.safetensors"  # replaces softmax weights
     other.write_bytes(CHECKPOINT.read_bytes())
     written = explain(
         SHAPES,

@@ -95,7 +95,7 @@ def test_an_overflowing_gradient_norm_does_not_stop_the_run(tmp_path):
 
 
 class Scaler:
-    """Stands in for AMP's scaler, which needs CUDA.
+    """Replaces AMP's scaler, which needs CUDA.
 
     It has no get_scale, because calling that would synchronise.
     """
