@@ -85,7 +85,10 @@ def _code_files(imports: Sequence[str]) -> dict[str, Path]:
     found = {}
     for entry in imports:
         if entry.endswith(".py"):
-            found[Path(entry).name] = Path(entry)
+            name = Path(entry).name
+            while name in found:  # a file of the same name in another folder
+                name = f"other_{name}"
+            found[name] = Path(entry)
             continue
         search_also(Path.cwd())
         try:

@@ -362,7 +362,14 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
     """Returns the path for the cached result of a check with this content, arguments and code."""
     digest = hashlib.sha256()
     # Includes the current folder, because paths may be relative to it.
-    arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
+    arguments = [
+        source.json_file,
+        source.image_root,
+        source.lvis,
+        num_classes,
+        masks,
+        str(Path.cwd()),
+    ]
     digest.update(json.dumps(arguments).encode())
     try:
         # Findings also depend on the code of the image reader.
